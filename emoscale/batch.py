@@ -1,0 +1,174 @@
+"""The vocabulary: one utterance, one packed micro-batch, and the axis letters every annotation uses.
+
+Axis letters: `b` utterances · `t` packed tokens of the micro-batch · `s` tokens of one sequence · `h` heads · `d` width ·
+`c` classes · `g` utterances over all ranks · `k` candidates · `n` utterances of a window · `m` masked rows ·
+`w` text tokens · `a` acoustic frames · `v` visual frames of the micro-batch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MODALITIES = ("text", "visual", "acoustic")
+
+COLUMNS = {
+    "id": "str",
+    "dialogue": "str",
+    "index": "int",
+    "speaker": "str",
+    "start": "float64",
+    "end": "float64",
+    "text": "str",
+    "acoustic": "ndarray:float16",
+    "visual": "ndarray:float16",
+    "visual_emotion": "ndarray:float16",
+    "label": "str",
+}
+"""Columns of a feature shard (MDS, typed, never pickle); `label` is JSON."""
+
+
+@dataclass
+class Utterance:
+    """A stretch of speech by one speaker with its text, voice and face frames.
+
+    An absent modality is an array of zero frames (or an empty text), never a made-up one.
+    """
+
+    id: str
+    """Unique in the corpus and stable over re-runs: `<path without suffix>#<number of the cue in its file>`."""
+    dialogue: str = ""
+    """Name of the conversation this utterance is part of."""
+    index: int = 0
+    """Place in the dialogue, from 0."""
+    speaker: str = ""
+    """Who speaks; empty if unknown."""
+    start: float = 0.0
+    """Start in its file, seconds."""
+    end: float = 0.0
+    """End in its file, seconds."""
+    text: str = ""
+    """What is said, one line."""
+    acoustic: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float16))
+    """fp16 [T_a, D_a], raw encoder output (normalised only when a batch is made)."""
+    visual: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float16))
+    """fp16 [T_v, D_v], raw encoder output."""
+    visual_emotion: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float16))
+    """fp16 [T_v, K], the expression teacher's probabilities per face frame; zero columns without a teacher."""
+    label: dict[str, Any] = field(default_factory=dict)
+    """Annotations such as `{"emotion": "happy"}`; pre-training never reads them."""
+
+    def record(self) -> dict[str, Any]:
+        """Give the row that an MDS writer takes."""
+        row = {name: getattr(self, name) for name in COLUMNS if name != "label"}
+        return row | {"label": json.dumps(self.label, sort_keys=True)}
+
+    @classmethod
+    def from_record(cls, row: dict[str, Any]) -> Utterance:
+        """Read a row of an MDS shard back."""
+        label = json.loads(row["label"]) if row.get("label") else {}
+        return cls(**{name: row[name] for name in COLUMNS if name != "label"}, label=label)
+
+
+@dataclass
+class Targets:
+    """What one objective must predict in this micro-batch; every count is known on the host."""
+
+    rows: Tensor
+    """int64 [m]: rows of the packed [t, d] tensor whose hidden state the prediction is made from."""
+    values: Tensor
+    """[m] token ids, or [m] int64 rows into the batch's feature tensor of that modality."""
+
+    @property
+    def count(self) -> int:
+        """Number of masked units."""
+        return int(self.rows.shape[0])
+
+
+@dataclass
+class Batch:
+    """One packed micro-batch: the tokens of all its utterances lie behind one another, without padding.
+
+    Sequence of an utterance: `[CLS] text [SEP] visual… acoustic…`.
+    """
+
+    ids: list[str]
+    """Names of the b utterances."""
+    cu_seqlens: Tensor
+    """int32 [b + 1]: utterance i owns rows cu_seqlens[i] … cu_seqlens[i + 1] of the packed tensor."""
+    max_seqlen: int
+    """Tokens of the longest utterance."""
+    text: Tensor
+    """int64 [w]: token ids, with [CLS] and [SEP]; words withheld from the model are already replaced."""
+    text_rows: Tensor
+    """int64 [w]: their rows in the packed tensor."""
+    text_positions: Tensor
+    """int64 [w]: 0, 1, … within each utterance."""
+    visual: Tensor
+    """float32 [v, D_v]: normalised features, nothing removed."""
+    visual_rows: Tensor
+    """int64 [v]"""
+    visual_positions: Tensor
+    """int64 [v]"""
+    visual_masked: Tensor
+    """bool [v]: True = withheld from the model."""
+    visual_emotion: Tensor
+    """float32 [v, K]: teacher probabilities (K may be 0)."""
+    acoustic: Tensor
+    """float32 [a, D_a]: normalised features, nothing removed."""
+    acoustic_rows: Tensor
+    """int64 [a]"""
+    acoustic_positions: Tensor
+    """int64 [a]"""
+    acoustic_masked: Tensor
+    """bool [a]: True = withheld from the model."""
+    targets: dict[str, Targets] = field(default_factory=dict)
+    """Per objective, what it predicts here (an objective with nothing to do has zero rows)."""
+    labels: Tensor | None = None
+    """int64 [b] class of each utterance, where a head is trained."""
+
+    @property
+    def utterances(self) -> int:
+        """Number of utterances."""
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        """Number of packed tokens; all of them are valid."""
+        return int(self.text.shape[0] + self.visual.shape[0] + self.acoustic.shape[0])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
+        """Copy every tensor to a device."""
+        moved = {f.name: _moved(getattr(self, f.name), device, non_blocking) for f in fields(self)}
+        return Batch(**moved)
+
+    def pin_memory(self) -> Batch:
+        """Page-lock every tensor, so that the copy to a GPU overlaps the step (a DataLoader calls this)."""
+        return Batch(**{f.name: _pinned(getattr(self, f.name)) for f in fields(self)})
+
+    def without_targets(self) -> Batch:
+        """Give the same batch with nothing to predict: every module runs, the loss is zero."""
+        return replace(self, targets={name: Targets(t.rows[:0], t.values[:0]) for name, t in self.targets.items()})
+
+
+def _moved(value: Any, device: torch.device | str, non_blocking: bool) -> Any:
+    if isinstance(value, dict):
+        return {name: _moved(item, device, non_blocking) for name, item in value.items()}
+    if isinstance(value, Targets):
+        return Targets(_moved(value.rows, device, non_blocking), _moved(value.values, device, non_blocking))
+    return value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
+
+
+def _pinned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _pinned(item) for name, item in value.items()}
+    if isinstance(value, Targets):
+        return Targets(value.rows.pin_memory(), value.values.pin_memory())
+    return value.pin_memory() if hasattr(value, "pin_memory") else value

@@ -1,0 +1,172 @@
+"""Configuration: dataclasses beside the code they configure, merged as defaults < YAML < `key=value` words."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+T = TypeVar("T")
+MAX_EXTENDS = 8
+
+
+class EmoscaleError(Exception):
+    """A failure the user can mend; shown as one line, exit code 1."""
+
+
+class ConfigError(EmoscaleError):
+    """A configuration that cannot be run: names key, value and remedy; exit code 2."""
+
+
+class DataError(EmoscaleError):
+    """Data that cannot be used: names the file, shard or rows and the remedy."""
+
+
+def load(schema: type[T], path: str | Path | None = None, overrides: list[str] | None = None) -> T:
+    """Merge a schema's defaults, a YAML file and `key=value` words, and validate the result.
+
+    A YAML file holds only what differs from the defaults; `extends: other.yaml` (relative to it) is merged below it.
+
+    Raises:
+        ConfigError: unknown key, wrong type, missing value, or what a dataclass' own `validate()` refuses.
+    """
+    merged = OmegaConf.structured(schema)
+    for source, layer in [*_files(path), ("the command line", _words(overrides or []))]:
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise ConfigError(_explain(schema, error, source)) from error
+    try:
+        config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: no value given; add `{error.full_key}=…` ({_doc_of(schema, error.full_key)})") from error
+    validate(config)
+    return typing.cast(T, config)
+
+
+def validate(config: Any, prefix: str = "") -> None:
+    """Call `validate()` of every dataclass in the tree; a `ValueError` becomes a `ConfigError` with its key."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            validate(value, f"{prefix}{field.name}.")
+    check = getattr(config, "validate", None)
+    if check is not None:
+        try:
+            check()
+        except ValueError as error:
+            raise ConfigError(f"{prefix}{error}") from error
+
+
+def from_mapping(schema: type[T], values: dict[str, Any], where: str) -> T:
+    """Fill one dataclass from a plain mapping (an objective's or head's own section), with the same errors as `load`."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}.{_explain(schema, error, where)}") from error
+    validate(config, f"{where}.")
+    return typing.cast(T, config)
+
+
+def to_yaml(config: Any) -> str:
+    """Give the whole configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Give a configuration dataclass as plain data, for JSON."""
+    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Name every key whose value differs between two plain mappings, as `key: old → new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for key in sorted({*old, *new}) for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [f"{prefix.rstrip('.')}: {old!r} → {new!r}"]
+
+
+def describe(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """List every key of a schema as (key, type, default, meaning), nested ones with dots."""
+    rows = []
+    docs, hints = docstrings(schema), typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        hint = hints[field.name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            rows += describe(hint, f"{prefix}{field.name}.")
+            continue
+        rows.append((prefix + field.name, _type_name(hint), _default(field), docs.get(field.name, "")))
+    return rows
+
+
+def docstrings(schema: type) -> dict[str, str]:
+    """Read the string that stands under each field of a dataclass (and of its bases)."""
+    found: dict[str, str] = {}
+    for cls in reversed(schema.__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
+        for node, after in zip(body, body[1:], strict=False):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+                if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+                    found[node.target.id] = " ".join(after.value.value.split())
+    return found
+
+
+def _files(path: str | Path | None) -> list[tuple[str, Any]]:
+    layers: list[tuple[str, Any]] = []
+    while path is not None:
+        path = Path(path)
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such configuration file; see `configs/` for examples")
+        try:
+            layer = OmegaConf.load(path)
+        except Exception as error:  # PyYAML raises several unrelated classes; all mean "not YAML"
+            raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        if not OmegaConf.is_dict(layer):
+            raise ConfigError(f"{path}: holds {type(layer).__name__}, a mapping of keys was expected")
+        base = layer.pop("extends", None)
+        layers.insert(0, (str(path), layer))
+        path = path.parent / base if base else None
+        if len(layers) > MAX_EXTENDS:
+            raise ConfigError(f"{path}: more than {MAX_EXTENDS} files extend one another; is there a circle?")
+    return layers
+
+
+def _words(overrides: list[str]) -> Any:
+    for word in overrides:
+        if "=" not in word or word.startswith("-"):
+            raise ConfigError(f"{word}: overrides are `key=value` words, such as optim.lr=3e-4")
+    return OmegaConf.from_dotlist(overrides)
+
+
+def _explain(schema: type, error: OmegaConfBaseException, source: str) -> str:
+    key = getattr(error, "full_key", None) or "?"
+    if isinstance(error, ConfigKeyError):
+        known = [row[0] for row in describe(schema)]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else "; `emoscale config` lists every key"
+        return f"{key}: unknown key in {source}{hint}"
+    reason = str(error).split("\n")[0]
+    return f"{key}: {reason} ({source})"
+
+
+def _doc_of(schema: type, key: str) -> str:
+    return next((doc for name, _, _, doc in describe(schema) if name == key), "required")
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return str(field.default_factory())
+    return "(required)" if field.default in (dataclasses.MISSING, MISSING) else str(field.default)

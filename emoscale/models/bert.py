@@ -1,0 +1,85 @@
+"""Start the unified transformer from a BERT checkpoint: names mapped, shapes checked, nothing lost in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emoscale.config import ConfigError, DataError
+from emoscale.models.unified import UnifiedTransformer
+
+EMBEDDINGS = {
+    "embeddings.word_embeddings.weight": "text.words.weight",
+    "embeddings.position_embeddings.weight": "text.positions.weight",
+    "embeddings.token_type_embeddings.weight": "text.types.weight",
+    "embeddings.LayerNorm.weight": "text.norm.weight",
+    "embeddings.LayerNorm.bias": "text.norm.bias",
+}
+LAYER = {
+    "attention.output.dense": "out",
+    "attention.output.LayerNorm": "attention_norm",
+    "intermediate.dense": "up",
+    "output.dense": "down",
+    "output.LayerNorm": "ffn_norm",
+}
+MLM_HEAD = {
+    "cls.predictions.transform.dense.weight": "transform.weight",
+    "cls.predictions.transform.dense.bias": "transform.bias",
+    "cls.predictions.transform.LayerNorm.weight": "norm.weight",
+    "cls.predictions.transform.LayerNorm.bias": "norm.bias",
+    "cls.predictions.bias": "bias",
+}
+
+
+def read_bert(source: str) -> dict[str, Tensor]:
+    """Read the weights of a BERT checkpoint by Hugging Face id or from a folder, as safetensors or weights-only pickles.
+
+    Raises:
+        ConfigError: the id or folder cannot be read.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise ConfigError(f"model.init: {source} holds no config.json; give a folder saved by save_pretrained")
+    try:
+        model = AutoModelForMaskedLM.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.init: {source} cannot be loaded ({str(error).splitlines()[0]}); give a BERT id or folder") from error
+    return dict(model.state_dict())
+
+
+def load_bert(model: UnifiedTransformer, weights: dict[str, Tensor]) -> list[str]:
+    """Copy BERT's embeddings and layers into the text path; give the names of the weights that had no place.
+
+    The visual embedder's type is BERT's second segment row; visual and acoustic embedders keep their own initialisation.
+
+    Raises:
+        DataError: a weight is missing or of another shape; says which, nothing is copied.
+    """
+    weights = {name.removeprefix("bert."): value for name, value in weights.items()}
+    mapped = {ours: weights[theirs] for theirs, ours in EMBEDDINGS.items() if theirs in weights}
+    for i in range(len(model.layers)):
+        mapped |= _layer(weights, i)
+    own = model.state_dict()
+    wanted = [name for name in own if not name.startswith(("visual.", "acoustic."))]
+    wrong = [f"{name}: checkpoint has {tuple(mapped[name].shape) if name in mapped else 'nothing'}, model {tuple(own[name].shape)}"
+             for name in wanted if name not in mapped or mapped[name].shape != own[name].shape]
+    if wrong:
+        raise DataError(f"model.init: this is not a checkpoint of the configured shape ({len(wrong)} weights differ): {'; '.join(wrong[:3])}")
+    model.load_state_dict(mapped, strict=False)
+    used = {*EMBEDDINGS, *(name for name in weights if name.startswith("encoder.layer."))}
+    return sorted(name for name in weights if name not in used)
+
+
+def _layer(weights: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+    prefix, mapped = f"encoder.layer.{i}.", {}
+    for kind in ("weight", "bias"):
+        parts = [weights.get(f"{prefix}attention.self.{name}.{kind}") for name in ("query", "key", "value")]
+        if all(part is not None for part in parts):
+            mapped[f"layers.{i}.qkv.{kind}"] = torch.cat(parts)  # type: ignore[arg-type]  # None was excluded above
+        for theirs, ours in LAYER.items():
+            if f"{prefix}{theirs}.{kind}" in weights:
+                mapped[f"layers.{i}.{ours}.{kind}"] = weights[f"{prefix}{theirs}.{kind}"]
+    return mapped

@@ -1,0 +1,43 @@
+"""Shape of the unified transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SIZES = {"tiny": (2, 128, 2), "small": (4, 256, 4), "base": (12, 768, 12), "large": (24, 1024, 16)}
+"""Layers, width and heads of each named size; base and large are BERT's."""
+
+
+@dataclass
+class ModelConfig:
+    """One multimodal transformer over `[CLS] text [SEP] visual… acoustic…`, BERT-compatible."""
+
+    size: Literal["tiny", "small", "base", "large"] = "base"
+    """Named shape; `layers`, `width`, `heads` and `ffn` override it."""
+    layers: int = 0
+    """Transformer layers; 0 = as `size` says."""
+    width: int = 0
+    """Width of a token; 0 = as `size` says."""
+    heads: int = 0
+    """Attention heads; 0 = as `size` says."""
+    ffn: int = 0
+    """Width of the feed-forward layer; 0 = four times the width."""
+    dropout: float = 0.1
+    """Dropout on hidden states, probability; attention weights are never dropped (packed kernels cannot)."""
+    positions: int = 512
+    """Positions per modality, each restarting at 0."""
+    init: str = ""
+    """Hugging Face id or folder of a BERT checkpoint to start from; empty = random (normal, 0.02)."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in backward instead of keeping its activations."""
+
+    def validate(self) -> None:
+        """Fill what `size` gives and check the rest."""
+        layers, width, heads = SIZES[self.size]
+        self.layers, self.width, self.heads = self.layers or layers, self.width or width, self.heads or heads
+        self.ffn = self.ffn or 4 * self.width
+        if self.width % self.heads:
+            raise ValueError(f"heads: {self.heads} does not divide width {self.width}; choose a divisor")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: {self.dropout} is not in [0, 1)")
