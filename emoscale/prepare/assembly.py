@@ -1,0 +1,163 @@
+"""From parts to a corpus: shards, tokenizer, manifest and ledger.
+
+Parts are taken in the order of the inputs' names, so that the shards hold the same bytes however many processes extracted and
+however often they were interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from emoscale.batch import Utterance
+from emoscale.config import DataError, to_dict
+from emoscale.prepare import vocabulary
+from emoscale.prepare.extract import PRECOMPUTED, Extractor, PreprocessConfig
+from emoscale.prepare.parts import ARRAYS, PARTS, Head, PartStore
+from emoscale.prepare.shards import LEDGER, MANIFEST, SCHEMA, Statistics, previous_manifest, publish, write_json, write_ledger, write_shards
+from emoscale.prepare.sources import Source
+from emoscale.prepare.teacher import teacher_sha256
+from emoscale.prepare.vocabulary import TextConfig
+
+DROPPED = "dropped.json"
+FRESH = ".assembly"
+
+
+def assemble(
+    sources: list[Source],
+    heads: dict[str, Head],
+    store: PartStore,
+    preprocess: PreprocessConfig,
+    text: TextConfig,
+    teacher: Path | None,
+    require: list[str],
+    shard_bytes: int,
+) -> dict[str, Any]:
+    """Write the corpus, unless it holds just these parts already.
+
+    Args:
+        sources: all inputs, in order.
+        heads: what is known of the part of each, by name.
+        store: the parts, and the folder of the corpus.
+        preprocess: how features were made.
+        text: which tokenizer to make.
+        teacher: folder of the expression teacher.
+        require: modalities without which an utterance is dropped.
+        shard_bytes: largest shard.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: an input is not extracted yet, inputs do not fit together, or no utterance is left.
+    """
+    waiting = [item for item in sources if item.name not in heads]
+    if waiting:
+        raise DataError(f"{len(waiting)} of {len(sources)} inputs are not extracted yet, first {waiting[0].shown}; run without stage=assemble")
+    done = [item.name for item in sources if heads[item.name].row["status"] == "done"]
+    known = json.dumps([SCHEMA, [(name, heads[name].key) for name in done], to_dict(text), sorted(require), shard_bytes])
+    inputs = hashlib.sha256(known.encode()).hexdigest()
+    before = previous_manifest(store.folder)
+    if before is not None and before["inputs_sha256"] == inputs and (store.folder / MANIFEST).exists():
+        _write_ledger(sources, heads, store, _read_dropped(store))
+        return before
+    _write_ledger(sources, heads, store, {})
+    fresh = store.folder / FRESH
+    shutil.rmtree(fresh, ignore_errors=True)
+    frame = _frame({name: heads[name] for name in done}, preprocess, teacher)
+    dropped: dict[str, Counter[str]] = {}
+    shards, statistics = write_shards(_kept(done, store, require, dropped), frame.pop("widths"), fresh, shard_bytes)
+    if not statistics.counts["utterances"]:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise DataError(f"{store.folder}: no utterance is left of {len(sources)} inputs; {store.folder / LEDGER} says why")
+    statistics.counts["files"] = len(done)
+    manifest = _manifest(frame, statistics, shards, preprocess)
+    manifest["tokenizer"] = _tokenizer(text, before, store, done, fresh)
+    manifest |= {"generation": 1 if before is None else before["generation"] + 1, "inputs_sha256": inputs}
+    write_json(store.folder / PARTS / DROPPED, dropped)
+    write_json(fresh / MANIFEST, manifest)
+    publish(fresh, store.folder)
+    _write_ledger(sources, heads, store, dropped)
+    return manifest
+
+
+def notes_of(ledger: Path) -> dict[str, int]:
+    """Sum the notes of a ledger."""
+    total: Counter[str] = Counter()
+    for line in ledger.read_text(encoding="utf-8").splitlines():
+        total.update({name: count for name, count in json.loads(line)["notes"].items() if isinstance(count, int)})
+    return dict(sorted(total.items()))
+
+
+def _kept(names: list[str], store: PartStore, require: list[str], dropped: dict[str, Counter[str]]) -> Iterator[Utterance]:
+    """Give the utterances of all parts; those without a required modality are counted in `dropped`."""
+    for name in names:
+        for utterance in store.utterances(name):
+            absent = next((modality for modality in require if not len(getattr(utterance, modality))), None)
+            if absent is None:
+                yield utterance
+            else:
+                dropped.setdefault(name, Counter())[f"dropped_without_{absent}"] += 1
+
+
+def _frame(heads: dict[str, Head], preprocess: PreprocessConfig, teacher: Path | None) -> dict[str, Any]:
+    """Find what all parts have in common: encoders, widths, and the classes of the teacher."""
+    described = [head.encoders for head in heads.values() if head.encoders]
+    widths = {column: max((head.widths[column] for head in heads.values()), default=0) for column in ARRAYS}
+    if not described and any(widths.values()):
+        voice, face = ({"encoder": {"name": PRECOMPUTED, "revision": ""}, "width": widths[name], "frame_s": step}
+                       for name, step in (("acoustic", 0.06), ("visual", 1 / preprocess.faces.fps)))
+        common: dict[str, Any] = {"acoustic": voice, "visual": face, "classes": [f"class_{i}" for i in range(widths["visual_emotion"])]}
+    else:
+        common = described[0] if described else Extractor(preprocess, teacher).describe()
+    odd = next((name for name, head in heads.items() if head.encoders not in ({}, common)), None)
+    if odd is not None:
+        raise DataError(f"{odd}: was made with other encoders than the rest; remove {PARTS} in the corpus and run again")
+    emotion = {"classes": common["classes"], "teacher_sha256": teacher_sha256(teacher) if teacher else None}
+    return {
+        "widths": {"acoustic": common["acoustic"]["width"], "visual": common["visual"]["width"], "visual_emotion": len(common["classes"])},
+        "acoustic": common["acoustic"],
+        "visual": common["visual"],
+        "visual_emotion": emotion if common["classes"] else None,
+    }
+
+
+def _manifest(frame: dict[str, Any], statistics: Statistics, shards: list[dict[str, Any]], preprocess: PreprocessConfig) -> dict[str, Any]:
+    limits = {"acoustic": preprocess.acoustic.max_frames, "visual": preprocess.visual.max_frames}
+    manifest: dict[str, Any] = {"schema": SCHEMA, "kind": "feature", "counts": statistics.counts}
+    for name, limit in limits.items():
+        mean, std = statistics.mean_std(name, frame[name]["width"])
+        manifest[name] = frame[name] | {"max_frames": limit, "mean": mean, "std": std}
+    return manifest | {"visual_emotion": frame["visual_emotion"], "preprocess": to_dict(preprocess), "shards": shards}
+
+
+def _tokenizer(text: TextConfig, before: dict[str, Any] | None, store: PartStore, names: list[str], fresh: Path) -> dict[str, Any] | None:
+    """Build the tokenizer, or keep the one of the corpus before: models were trained on its token ids."""
+    if not text.tokenizer:
+        return None
+    folder = store.folder / vocabulary.FOLDER
+    entry = before["tokenizer"] if before is not None else None
+    if entry is not None and entry["config"] == vocabulary.settings(text) and folder.is_dir():
+        shutil.copytree(folder, fresh / vocabulary.FOLDER)
+        return entry
+    texts = (utterance.text for name in names for utterance in store.utterances(name) if utterance.text)
+    return vocabulary.build(texts, text, fresh / vocabulary.FOLDER)
+
+
+def _write_ledger(sources: list[Source], heads: dict[str, Head], store: PartStore, dropped: dict[str, Counter[str]]) -> None:
+    rows = []
+    for item in sources:
+        row = heads[item.name].row
+        gone = dropped.get(item.name, {})
+        rows.append(row | {"utterances": row["utterances"] - sum(gone.values()), "notes": row["notes"] | gone})
+    write_ledger(store.folder / LEDGER, rows)
+
+
+def _read_dropped(store: PartStore) -> dict[str, Counter[str]]:
+    path = store.folder / PARTS / DROPPED
+    return {name: Counter(counts) for name, counts in json.loads(path.read_text()).items()} if path.is_file() else {}

@@ -1,0 +1,421 @@
+"""Read sound and pictures by time, in one forward pass over a file.
+
+Times are seconds from the start of the file as a player shows them (the container's own start time is subtracted), which is
+what subtitles count from. Nothing here counts frames: a file with a variable frame rate gives the frame shown at the time asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+
+from emoscale.config import DataError, EmoscaleError
+
+try:
+    import av
+except ModuleNotFoundError as error:
+    raise EmoscaleError("reading media needs PyAV; pip install 'emoscale[prepare]'") from error
+
+RATE = 16_000
+"""Samples per second of all sound."""
+VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv".split())
+AUDIO_SUFFIXES = frozenset(".aac .ac3 .aif .aiff .flac .m4a .mp3 .oga .ogg .opus .wav .wma".split())
+SEEK_AHEAD_S = 10.0
+"""A gap longer than this is jumped over; a shorter one is cheaper to decode than to seek (key frames lie some seconds apart)."""
+TRUNCATED_S = 1.0
+"""A stream that ends this much before its declared end is cut off."""
+MAX_BAD_PACKETS = 50
+"""Packets of one stream that may fail to decode before the file counts as unreadable."""
+DECLARED_LENGTH = ("mov", "matroska", "avi", "wav", "flac")
+"""Containers whose header states the length, so that a missing end can be told; for the others FFmpeg measures what is there."""
+
+Decoder = Literal["auto", "torchcodec", "pyav"]
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a file holds."""
+
+    path: Path
+    """The file."""
+    duration: float
+    """Length in seconds; 0 if unknown."""
+    origin: float
+    """Time stamp of the start of the file, seconds."""
+    video: int | None
+    """Index of the best video stream; cover pictures do not count."""
+    audio: int | None
+    """Index of the best audio stream."""
+    subtitles: tuple[int, ...]
+    """Indices of the embedded text subtitle streams."""
+
+
+def probe(path: Path) -> Media:
+    """Open a file and choose its streams.
+
+    Raises:
+        DataError: the file is empty, truncated, no media file, or has neither picture nor sound.
+    """
+    with _opened(path) as container:
+        streams = container.streams
+        pictures = [s for s in streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        best = streams.best("video")
+        video = best if best in pictures else next(iter(pictures), None)
+        audio = streams.best("audio", related=video) if video is not None else streams.best("audio")
+        if video is None and audio is None:
+            raise DataError(f"{path}: holds neither pictures nor sound")
+        _check_end(container, [s for s in (video, audio) if s is not None], path)
+        text = [s.index for s in streams.subtitles if s.codec_context is not None and s.codec_context.name in TEXT_CODECS]
+        return Media(
+            path=path,
+            duration=(container.duration or 0) / av.time_base,
+            origin=(container.start_time or 0) / av.time_base,
+            video=None if video is None else video.index,
+            audio=None if audio is None else audio.index,
+            subtitles=tuple(text),
+        )
+
+
+TEXT_CODECS = frozenset("ass mov_text srt ssa subrip text ttml webvtt".split())
+
+
+class FrameReader(Protocol):
+    """Gives pictures by time."""
+
+    def at(self, times: Iterable[float]) -> Iterator[tuple[float, np.ndarray]]:
+        """Give (time, uint8 [h, w, 3] RGB) for each time at which the file shows a picture; cheapest when times increase."""
+        ...
+
+    def close(self) -> None:
+        """Give the file back."""
+        ...
+
+
+@functools.cache
+def backend() -> tuple[str, str]:
+    """Name the decoder of pictures that works on this machine, and why it is that one."""
+    try:
+        import torchcodec.decoders
+        from torchcodec import _core
+
+        _core.get_ffmpeg_library_versions()
+        return "torchcodec", f"torchcodec {torchcodec.__version__} found the system's FFmpeg"
+    except ModuleNotFoundError:
+        return "pyav", "torchcodec is not installed; PyAV brings its own FFmpeg"
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        return "pyav", f"torchcodec does not load ({reason}); PyAV brings its own FFmpeg"
+
+
+def open_frames(media: Media, *, decoder: Decoder = "auto", max_height: int = 0, threads: int = 0) -> FrameReader:
+    """Open the pictures of a file.
+
+    Args:
+        media: a file with a video stream.
+        decoder: which library decodes; `auto` takes torchcodec where `backend()` says that it works.
+        max_height: taller pictures are scaled down to this height; 0 leaves them as they are.
+        threads: of the decoder; 0 lets FFmpeg choose.
+    """
+    chosen = backend()[0] if decoder == "auto" else decoder
+    return TorchcodecFrames(media, max_height) if chosen == "torchcodec" else PyavFrames(media, max_height, threads)
+
+
+class _Stream:
+    """One stream of one file, decoded forwards; closed with the `with` block around it or with the object."""
+
+    def __init__(self, media: Media, index: int | None, threads: int) -> None:
+        if index is None:
+            raise ValueError(f"{media.path}: has no such stream")
+        self.media = media
+        self._container: Any = _open(media.path)
+        self._stream: Any = self._container.streams[index]
+        self._stream.thread_type = "AUTO"
+        self._stream.codec_context.thread_count = threads
+        self._bad = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._container.close()
+
+    def _seek(self, time: float) -> None:
+        stamp = int((time + self.media.origin) / self._stream.time_base)
+        self._container.seek(stamp, stream=self._stream, backward=True)
+
+    def _decoded(self) -> Iterator[Any]:
+        """Decode from here to the end; a few broken packets are passed over, as a player does."""
+        try:
+            for packet in self._container.demux(self._stream):
+                try:
+                    yield from packet.decode()
+                except av.error.InvalidDataError as error:
+                    self._bad += 1
+                    if self._bad > MAX_BAD_PACKETS:
+                        raise DataError(f"{self.media.path}: more than {MAX_BAD_PACKETS} packets do not decode ({error})") from error
+        except av.error.EOFError:
+            return
+        except av.error.FFmpegError as error:
+            raise DataError(f"{self.media.path}: stops being readable ({_reason(error)})") from error
+
+
+class PyavFrames(_Stream):
+    """Pictures through PyAV: decodes forwards, jumps over long gaps, converts only what is asked for."""
+
+    def __init__(self, media: Media, max_height: int = 0, threads: int = 0) -> None:
+        super().__init__(media, media.video, threads)
+        self._max_height = max_height
+        self._interval = float(1 / self._stream.average_rate) if self._stream.average_rate else 0.04
+        self._frames = self._decoded()
+        self._now: Any = None
+        self._next: Any = self._pull()
+        self._image: np.ndarray | None = None
+
+    def at(self, times: Iterable[float]) -> Iterator[tuple[float, np.ndarray]]:
+        """Give (time, uint8 [h, w, 3] RGB) for each time at which the file shows a picture."""
+        for time in times:
+            image = self._shown(time)
+            if image is not None:
+                yield time, image
+
+    def _shown(self, time: float) -> np.ndarray | None:
+        if self._behind(time) or (self._next is not None and time > self._time(self._next) + SEEK_AHEAD_S):
+            self._jump(time)
+        while self._next is not None and self._time(self._next) <= time + 1e-4:
+            self._now, self._next, self._image = self._next, self._pull(), None
+        frame = self._now
+        if frame is None:
+            frame = self._next
+            if frame is None or self._time(frame) - time > 0.1:
+                return None
+            return self._picture(frame)
+        if self._next is None and time >= self._time(frame) + self._shown_for(frame) + 1e-4:
+            return None
+        if self._image is None:
+            self._image = self._picture(frame)
+        return self._image
+
+    def _behind(self, time: float) -> bool:
+        first = self._now or self._next
+        return first is None or (self._now is not None and time < self._time(first) - 1e-4)
+
+    def _jump(self, time: float) -> None:
+        for target in (time, 0.0):  # an index may point past the time asked for: then from the start
+            self._seek(target)
+            self._frames = self._decoded()
+            self._now, self._next, self._image = None, self._pull(), None
+            if self._next is not None and self._time(self._next) <= time + 1e-4:
+                return
+
+    def _pull(self) -> Any:
+        return next((frame for frame in self._frames if frame.pts is not None), None)
+
+    def _time(self, frame: Any) -> float:
+        return float(frame.pts * frame.time_base) - self.media.origin
+
+    def _shown_for(self, frame: Any) -> float:
+        return max(float((frame.duration or 0) * frame.time_base), self._interval)
+
+    def _picture(self, frame: Any) -> np.ndarray:
+        scale = min(1.0, self._max_height / frame.height) if self._max_height else 1.0
+        width, height = max(2, round(frame.width * scale)), max(2, round(frame.height * scale))
+        image = frame.to_ndarray(format="rgb24", width=width, height=height)
+        turns = round((frame.rotation or 0) / 90) % 4
+        return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+
+
+class TorchcodecFrames:
+    """Pictures through torchcodec, which needs the system's FFmpeg."""
+
+    def __init__(self, media: Media, max_height: int = 0) -> None:
+        from torchcodec.decoders import VideoDecoder
+
+        self.media = media
+        self._max_height = max_height
+        try:
+            self._decoder = VideoDecoder(str(media.path), stream_index=media.video, seek_mode="exact", dimension_order="NHWC")
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"{media.path}: not readable ({str(error).splitlines()[0]})") from error
+
+    def at(self, times: Iterable[float]) -> Iterator[tuple[float, np.ndarray]]:
+        """Give (time, uint8 [h, w, 3] RGB) for each time at which the file shows a picture."""
+        about = self._decoder.metadata
+        begin, end = float(about.begin_stream_seconds or 0), float(about.end_stream_seconds or 0)
+        for time in times:
+            stamp = time + self.media.origin
+            if stamp < begin - 0.1 or stamp >= end:
+                continue
+            try:
+                frame = self._decoder.get_frame_played_at(max(stamp, begin))
+            except (RuntimeError, IndexError) as error:
+                raise DataError(f"{self.media.path}: stops being readable at {time:.2f} s ({str(error).splitlines()[0]})") from error
+            yield time, self._scaled(frame.data.numpy())
+
+    def close(self) -> None:
+        """Give the file back."""
+        del self._decoder
+
+    def _scaled(self, image: np.ndarray) -> np.ndarray:
+        if not self._max_height or image.shape[0] <= self._max_height:
+            return image
+        height, width = self._max_height, round(image.shape[1] * self._max_height / image.shape[0])
+        return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").to_ndarray(width=width, height=height)
+
+
+class AudioReader(_Stream):
+    """Sound as 16 kHz mono, read forwards once for any number of utterances in the order of their starts.
+
+    Sound always goes through PyAV: it is a small part of the cost, and reading it in one pass needs the decoder's own packets.
+    """
+
+    def __init__(self, media: Media) -> None:
+        super().__init__(media, media.audio, threads=1)
+        self._rewind()
+
+    def between(self, start: float, end: float) -> np.ndarray:
+        """Give float32 [samples] of [start, end) seconds; shorter, or empty, where the sound ends before."""
+        first, last = round(max(start, 0.0) * RATE), round(max(end, 0.0) * RATE)
+        if first < self._first:
+            self._seek(0.0)
+            self._rewind()
+        self._drop(first)
+        while not self._ended and self._first + self._held < last:
+            self._pull()
+            self._drop(first)
+        wave = np.concatenate(self._chunks) if self._chunks else np.zeros(0, np.float32)
+        self._chunks, self._held = ([wave] if len(wave) else []), len(wave)
+        return wave[max(first - self._first, 0) : max(last - self._first, 0)].copy()
+
+    def _rewind(self) -> None:
+        self._frames = self._decoded()
+        self._resampler: Any = None
+        self._shape: Any = None
+        self._expected = 0.0
+        self._chunks: list[np.ndarray] = []
+        self._first = 0  # sample number of the first sample held
+        self._held = 0
+        self._ended = False
+
+    def _drop(self, first: int) -> None:
+        while self._chunks and self._first + len(self._chunks[0]) <= first:
+            gone = len(self._chunks.pop(0))
+            self._first, self._held = self._first + gone, self._held - gone
+
+    def _pull(self) -> None:
+        frame = next(self._frames, None)
+        if frame is None:
+            self._append(self._resampler.resample(None) if self._resampler else [])
+            self._ended = True
+            return
+        time = self._expected if frame.pts is None else float(frame.pts * frame.time_base) - self.media.origin
+        shape = (frame.format.name, frame.layout.name, frame.rate)
+        if self._resampler is None or shape != self._shape or abs(time - self._expected) > 0.05:
+            self._append(self._resampler.resample(None) if self._resampler else [])
+            layout = frame.layout.name if frame.layout.nb_channels <= 2 else "stereo"
+            self._resampler, self._shape = av.AudioResampler(format="fltp", layout=layout, rate=RATE), shape
+            self._align(round(time * RATE))
+        self._expected = time + frame.samples / frame.rate
+        self._append(self._resampler.resample(frame))
+
+    def _align(self, sample: int) -> None:
+        """Continue at this sample: silence where the stream has a hole, an overlap is cut off."""
+        ahead = sample - (self._first + self._held)
+        if ahead > 0:
+            self._put(np.zeros(ahead, np.float32))
+        self._skip = max(-ahead, 0)
+
+    def _append(self, frames: list[Any]) -> None:
+        for frame in frames:
+            wave = frame.to_ndarray().mean(axis=0)  # FFmpeg's own mono would make a centred voice 3 dB louder than a mono file
+            cut = min(self._skip, len(wave))
+            self._skip -= cut
+            self._put(wave[cut:])
+
+    def _put(self, wave: np.ndarray) -> None:
+        if len(wave):
+            self._chunks.append(wave)
+            self._held += len(wave)
+
+
+def subtitle_packets(media: Media, index: int) -> list[tuple[float, float, bytes]]:
+    """Give (start, end, text of the cue as FFmpeg decodes it) of an embedded text subtitle stream, in order of time."""
+    cues = []
+    with _opened(media.path) as container:
+        stream = container.streams[index]
+        for packet in container.demux(stream):
+            if packet.pts is None or not packet.duration:
+                continue
+            start = float(packet.pts * packet.time_base) - media.origin
+            for item in _texts(stream, packet):
+                cues.append((start, start + float(packet.duration * packet.time_base), item))
+    return sorted(cues, key=lambda cue: cue[:2])
+
+
+def _texts(stream: Any, packet: Any) -> list[bytes]:
+    shown = stream.codec_context.decode2(packet)
+    return [] if shown is None else [item.dialogue for item in shown if hasattr(item, "dialogue")]
+
+
+def _check_end(container: Any, streams: list[Any], path: Path) -> None:
+    """Refuse a file whose header promises more than the file holds."""
+    if not any(name in container.format.name.split(",") for name in DECLARED_LENGTH):
+        return
+    ends = []
+    for stream in streams:
+        length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+        declared = float(length) + float((stream.start_time or 0) * stream.time_base)
+        ends.append((declared, _last_stamp(container, stream, declared), stream))
+    if not streams[0].duration:  # only the whole file's length is stated, and one of its streams may well be shorter
+        ends = [max(ends, key=lambda end: end[1])]
+    for declared, last, stream in ends:
+        if declared - last > TRUNCATED_S:
+            raise DataError(f"{path}: truncated: its {stream.type} ends at {max(last, 0):.1f} s of {declared:.1f} s")
+
+
+def _last_stamp(container: Any, stream: Any, declared: float) -> float:
+    last = 0.0
+    try:
+        container.seek(int(max(declared - 3.0, 0.0) / stream.time_base), stream=stream, backward=True)
+        for packet in container.demux(stream):
+            if packet.pts is not None:
+                last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+    except av.error.FFmpegError:
+        return last
+    return last
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    container = _open(path)
+    try:
+        yield container
+    except av.error.FFmpegError as error:
+        raise DataError(f"{path}: not readable ({_reason(error)})") from error
+    finally:
+        container.close()
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: is empty (0 bytes)")
+    try:
+        return av.open(str(path), metadata_errors="replace")
+    except av.error.FFmpegError as error:
+        raise DataError(f"{path}: not readable as media ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,208 @@
+"""MDS shards with their manifest and ledger: written, replaced, verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emoscale.batch import COLUMNS, Utterance
+from emoscale.config import DataError
+from emoscale.prepare.parts import PARTS
+
+SCHEMA = 1
+MANIFEST, LEDGER, INDEX = "manifest.json", "ledger.jsonl", "index.json"
+
+
+@dataclass
+class Statistics:
+    """Counts and sums over the utterances of a corpus, in their order."""
+
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    """What the manifest says under `counts`."""
+    _frames: dict[str, int] = field(default_factory=lambda: {"acoustic": 0, "visual": 0})
+    _sums: dict[str, np.ndarray] = field(default_factory=dict)
+    _squares: dict[str, np.ndarray] = field(default_factory=dict)
+    _dialogues: set[str] = field(default_factory=set)
+    _speakers: set[str] = field(default_factory=set)
+
+    def add(self, utterance: Utterance) -> None:
+        """Count one utterance."""
+        counts = self.counts
+        counts["utterances"] += 1
+        counts["words"] += len(utterance.text.split())
+        counts["without_text"] += not utterance.text
+        counts["without_audio"] += not len(utterance.acoustic)
+        counts["without_face"] += not len(utterance.visual)
+        self._dialogues.add(utterance.dialogue)
+        self._speakers.update({utterance.speaker} - {""})
+        for name in ("acoustic", "visual"):
+            values = getattr(utterance, name).astype(np.float64)
+            counts[f"{name}_frames"] += len(values)
+            if len(values):
+                self._sums[name] = self._sums.get(name, 0.0) + values.sum(axis=0)
+                self._squares[name] = self._squares.get(name, 0.0) + np.square(values).sum(axis=0)
+        counts["dialogues"], counts["speakers"] = len(self._dialogues), len(self._speakers)
+
+    def mean_std(self, name: str, width: int) -> tuple[list[float], list[float]]:
+        """Give the normalisation constants of a modality; a value that never changes keeps its scale."""
+        frames = self.counts[f"{name}_frames"]
+        if not frames:
+            return [0.0] * width, [1.0] * width
+        mean = self._sums[name] / frames
+        variance = np.maximum(self._squares[name] / frames - np.square(mean), 0.0)
+        std = np.sqrt(variance)
+        return mean.tolist(), np.where(std > 1e-4, std, 1.0).tolist()
+
+
+COUNTS = (
+    "utterances dialogues speakers files words acoustic_frames visual_frames without_text without_audio without_face".split()
+)
+
+
+def write_shards(utterances: Iterable[Utterance], widths: dict[str, int], folder: Path, shard_bytes: int) -> tuple[list[dict[str, Any]], Statistics]:
+    """Write utterances to MDS shards in the order given.
+
+    Args:
+        utterances: what to write; checked to have the same widths.
+        widths: columns of `acoustic`, `visual` and `visual_emotion` in this corpus.
+        folder: new folder for `shard.*.mds` and `index.json`.
+        shard_bytes: largest size of a shard.
+
+    Returns:
+        The `shards` of the manifest, and the statistics.
+    """
+    from streaming import MDSWriter
+
+    statistics = Statistics()
+    with MDSWriter(columns=COLUMNS, out=str(folder), hashes=["sha256"], size_limit=shard_bytes) as writer:
+        for utterance in utterances:
+            _fit(utterance, widths)
+            statistics.add(utterance)
+            writer.write(storable(utterance.record()))
+    index = json.loads((folder / INDEX).read_text())
+    shards = [
+        {"file": shard["raw_data"]["basename"], "sha256": shard["raw_data"]["hashes"]["sha256"], "utterances": shard["samples"]}
+        for shard in index["shards"]
+    ]
+    return shards, statistics
+
+
+def _fit(utterance: Utterance, widths: dict[str, int]) -> None:
+    """Give an empty modality the width of the corpus; any other width is an error."""
+    for name, width in widths.items():
+        values = getattr(utterance, name)
+        if not len(values):
+            setattr(utterance, name, np.zeros((0, width), np.float16))
+        elif values.shape[1] != width:
+            raise DataError(f"{utterance.id}: {name} has {values.shape[1]} values per frame, the corpus has {width}; use one encoder for all inputs")
+
+
+def storable(record: dict[str, Any]) -> dict[str, Any]:
+    """Replace empty arrays, which MDS refuses, by zeros with a third axis, one row and one column more; `restored` undoes it."""
+    return {name: _padded(value) if isinstance(value, np.ndarray) and value.size == 0 else value for name, value in record.items()}
+
+
+def restored(record: dict[str, Any]) -> dict[str, Any]:
+    """Give a row read from a shard its empty arrays back."""
+    return {name: _unpadded(value) if isinstance(value, np.ndarray) and value.ndim == 3 else value for name, value in record.items()}
+
+
+def _padded(empty: np.ndarray) -> np.ndarray:
+    return np.zeros((empty.shape[0] + 1, empty.shape[1] + 1, 1), empty.dtype)
+
+
+def _unpadded(stored: np.ndarray) -> np.ndarray:
+    return np.zeros((stored.shape[0] - 1, stored.shape[1] - 1), stored.dtype)
+
+
+def publish(fresh: Path, folder: Path) -> None:
+    """Put a finished corpus in the place of the one before.
+
+    The old manifest goes first and the new one comes last: whoever finds a manifest finds the shards it lists.
+    """
+    manifest = folder / MANIFEST
+    if manifest.exists():
+        manifest.replace(folder / PARTS / MANIFEST)
+    names = {path.name for path in fresh.iterdir()} - {MANIFEST}
+    for old in [*folder.glob("shard.*.mds*"), *(folder / name for name in names)]:
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    for name in sorted(names):
+        (fresh / name).replace(folder / name)
+    (fresh / MANIFEST).replace(manifest)
+    shutil.rmtree(fresh)
+
+
+def previous_manifest(folder: Path) -> dict[str, Any] | None:
+    """Read the manifest of the corpus before this one, also where replacing it was interrupted."""
+    for path in (folder / MANIFEST, folder / PARTS / MANIFEST):
+        if path.is_file():
+            return json.loads(path.read_text())
+    return None
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Hash every shard again and compare it with the manifest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: names every shard that is missing or differs, and what to do.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; run `emoscale prepare` to the end, or check the folder's name")
+    manifest = json.loads(path.read_text())
+    wrong = [problem for shard in manifest["shards"] if (problem := _shard_problem(folder, shard))]
+    tokenizer = manifest.get("tokenizer")
+    if tokenizer and _sha256(folder / tokenizer["folder"] / "tokenizer.json") != tokenizer["sha256"]:
+        wrong.append(f"{tokenizer['folder']}/tokenizer.json is missing or changed")
+    if wrong:
+        raise DataError(f"{folder}: {'; '.join(wrong)}; copy the corpus again, or run `emoscale prepare` to write it anew")
+    return manifest
+
+
+def _shard_problem(folder: Path, shard: dict[str, Any]) -> str:
+    found = _sha256(folder / shard["file"])
+    if found is None:
+        return f"{shard['file']} is missing"
+    return "" if found == shard["sha256"] else f"{shard['file']} has the hash {found[:12]}…, the manifest says {shard['sha256'][:12]}…"
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file aside, then rename it."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def write_ledger(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON line per input, aside, then rename."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    aside.replace(path)
+
+
+def read_utterances(folder: Path) -> Iterator[Utterance]:
+    """Read the utterances of a prepared corpus in order, for inspection; training reads through `emoscale.data`."""
+    from streaming.base.format import reader_from_json
+
+    for shard in json.loads((folder / INDEX).read_text())["shards"]:
+        reader = reader_from_json(str(folder), None, shard)
+        for i in range(reader.size):
+            yield Utterance.from_record(restored(reader.get_item(i)))
