@@ -7,9 +7,10 @@ time, so that the detector's jitter does not look like a change of expression.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -24,7 +25,8 @@ CASCADE = "haarcascade_frontalface_alt2.xml"
 SCALE_STEP = 1.25
 MIN_SIZE = {"haar": 0.2, "yunet": 0.08}
 CUT_GRID = (18, 32)
-CUT_MEMORY = 8
+CUT_REACH = 4
+CUT_FACTOR = 2.5
 AREA_FROM = 1.5
 
 
@@ -33,7 +35,7 @@ class FacesConfig:
     """Which faces are found, how they are followed, and how they are cut out."""
 
     detector: Literal["haar", "yunet"] = "haar"
-    """`haar` comes with OpenCV and finds upright frontal faces; `yunet` needs a file, and finds turned and small ones."""
+    """`haar` comes with OpenCV and finds upright frontal faces; `yunet` needs a file and finds turned, small ones."""
     model: str = ""
     """Path of the YuNet ONNX file (OpenCV's `FaceDetectorYN`); needed for `yunet` only."""
     fps: float = 10.0
@@ -61,7 +63,7 @@ class FacesConfig:
     """Tracks that cover a smaller part (0 to 1) of the frames given are dropped."""
     smooth_s: float = 0.2
     """Standard deviation of the smoothing of boxes in time, seconds; 0 turns it off."""
-    cut_difference: float = 0.06
+    cut_difference: float = 0.035
     """Mean change of colour (0 to 1) between two frames from which on a shot cut is possible."""
 
     def validate(self) -> None:
@@ -185,13 +187,19 @@ class YuNetDetector:
 def find_tracks(frames: Iterable[tuple[float, np.ndarray]], detector: FaceDetector, config: FacesConfig) -> list[Track]:
     """Follow every face through (time, uint8 [h, w, 3] RGB) frames at the analysis rate, longest track first.
 
-    The frames of one shot are held in memory at a time. A track never spans a cut.
+    All frames are held in memory: give one utterance at a time. A track never spans a cut.
     """
-    total, tracks = 0, []
-    for shot in _shots(frames, config.cut_difference):
-        total += len(shot)
-        tracks += _follow(shot, detector, config)
-    least = max(config.min_frames, config.min_share * total)
+    held = list(frames)
+    if not held:
+        return []
+    cuts = find_cuts(np.stack([_thumbnail(image) for _, image in held]), config.cut_difference)
+    bounds = [0, *cuts.tolist(), len(held)]
+    tracks = [
+        track
+        for first, last in pairwise(bounds)
+        for track in _follow(held[first:last], detector, config)
+    ]
+    least = max(config.min_frames, config.min_share * len(held))
     kept = [track for track in tracks if len(track.times) >= least]
     return sorted(kept, key=lambda track: (-len(track.times), track.times[0], track.boxes[0, 0]))
 
@@ -219,29 +227,19 @@ def crop_face(image: np.ndarray, box: np.ndarray, size: int, margin: float) -> n
     return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
-def _shots(frames: Iterable[tuple[float, np.ndarray]], threshold: float) -> Iterator[list[tuple[float, np.ndarray]]]:
-    shot: list[tuple[float, np.ndarray]] = []
-    changes: list[float] = []
-    before: np.ndarray | None = None
-    for time, image in frames:
-        now = _thumbnail(image)
-        if before is not None:
-            change = float(np.abs(now - before).mean())
-            if is_cut(change, changes[-CUT_MEMORY:], threshold):
-                yield shot
-                shot, changes = [], []
-            else:
-                changes.append(change)
-        shot.append((time, image))
-        before = now
-    if shot:
-        yield shot
+def find_cuts(pictures: np.ndarray, threshold: float) -> np.ndarray:
+    """Give the frames (int64, in order) that start a new shot, of small float [n, h, w, c] pictures (0 to 1).
 
-
-def is_cut(change: float, recent: list[float], threshold: float) -> bool:
-    """Tell a cut from motion: the change is large, and stands far above what this shot did just before."""
-    usual = float(np.median(recent)) if recent else 0.0
-    return change > threshold + 2.5 * usual
+    A cut is a change above the threshold that stands out from the changes just before and after it; motion does not.
+    """
+    if len(pictures) < 2:
+        return np.zeros(0, np.int64)
+    changes = np.abs(np.diff(pictures, axis=0)).mean(axis=(1, 2, 3))
+    padded = np.pad(changes, CUT_REACH, constant_values=np.nan)
+    around = np.lib.stride_tricks.sliding_window_view(padded, 2 * CUT_REACH + 1).copy()
+    around[:, CUT_REACH] = np.nan
+    usual = np.nanmedian(around, axis=1) if len(changes) > 1 else np.zeros(1)
+    return np.flatnonzero(changes > threshold + CUT_FACTOR * usual) + 1
 
 
 def _thumbnail(image: np.ndarray) -> np.ndarray:

@@ -248,7 +248,7 @@ def _network(width: int, classes: int) -> nn.Sequential:
 
 def _fit(found: Stills, train: np.ndarray, config: TeacherConfig) -> nn.Sequential:
     import torch
-    from torch.nn import functional as F  # noqa: N812
+    from torch.nn import functional as F
 
     pictures, labels = _grey(found.crops[train]), torch.from_numpy(found.labels[train])
     counts = torch.bincount(labels, minlength=len(found.classes)).float()
@@ -278,7 +278,7 @@ def _fit(found: Stills, train: np.ndarray, config: TeacherConfig) -> nn.Sequenti
 def _distort(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
     """Shift, scale, turn, mirror, blur, re-light and roughen: what a detector and a camera do to one face."""
     import torch
-    from torch.nn import functional as F  # noqa: N812
+    from torch.nn import functional as F
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(len(pictures), *shape, generator=generator)
@@ -307,7 +307,7 @@ def _grey(crops: np.ndarray) -> Tensor:
 
 
 def _shrink(pictures: Tensor, side: int) -> Tensor:
-    from torch.nn import functional as F  # noqa: N812
+    from torch.nn import functional as F
 
     return pictures if pictures.shape[-1] == side else F.interpolate(pictures, size=(side, side), mode="area")
 
