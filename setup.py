@@ -45,10 +45,14 @@ def extension() -> tuple[list[Extension], dict[str, type]]:
     cpp, cuda = sorted(map(str, CSRC.rglob("*.cpp"))), sorted(map(str, CSRC.rglob("*.cu")))
     with_cuda = bool(cuda) and CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").is_file()
     if cuda and not with_cuda:
-        print("emoscale: CUDA operators not built: no nvcc (set CUDA_HOME); on a GPU they run in Triton", file=sys.stderr)
+        print(
+            "emoscale: CUDA operators not built: no nvcc (set CUDA_HOME); on a GPU they run in Triton", file=sys.stderr
+        )
     flags = {"cxx": ["-O3", "-std=c++20"], "nvcc": ["-O3", "-std=c++20"]}
     make = CUDAExtension if with_cuda else CppExtension
-    module = make("emoscale._native", cpp + (cuda if with_cuda else []), include_dirs=[str(CSRC)], extra_compile_args=flags)
+    module = make(
+        "emoscale._native", cpp + (cuda if with_cuda else []), include_dirs=[str(CSRC)], extra_compile_args=flags
+    )
     module.optional = os.environ.get("EMOSCALE_BUILD") != "1"
     return [module], {"build_ext": BuildExtension}
 

@@ -1,0 +1,79 @@
+# make quickstart   from a fresh clone to quickstart/report.html (CORPUS=folder takes real video instead of the demo)
+# make test         the whole test suite (PYTEST_ARGS=… goes to pytest)
+# make demo-report  the demo table: three seeds, every arm, the control
+# make lint         format, style and types
+# make native       build csrc/ with the torch of .venv
+# make clean        remove what the other targets made
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PYTEST_ARGS ?=
+CORPUS ?=
+QUICK := quickstart
+BIN := $(VENV)/bin
+EMOSCALE := $(BIN)/emoscale
+PROJECT := pyproject.toml setup.py
+, := ,
+
+# uv installs the stack about three times as fast as pip, but reads none of pip's configuration: pip does it where
+# an index of one's own is configured, and where uv cannot be had or fails.
+define install
+@start=$$(date +%s); echo "== install .[$(1)]"; \
+$(BIN)/python -m pip install -q --no-compile uv >/dev/null 2>&1 || true; \
+if [ -x $(BIN)/uv ] && ! $(BIN)/python -m pip config list 2>/dev/null | grep -qE "\.(index-url|no-index)="; then \
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install -q -e '.[$(1)]' && ok=1 || echo "uv failed; pip takes over"; \
+fi; \
+[ -n "$$ok" ] || $(BIN)/python -m pip install -q --no-compile -e '.[$(1)]' || exit 1; \
+echo "== install .[$(1)]: $$(($$(date +%s) - start)) s"; touch $(2)
+endef
+
+timed = @start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(($$(date +%s) - start)) s"
+
+.PHONY: quickstart test demo-report lint native clean
+.DELETE_ON_ERROR:
+
+ifeq ($(CORPUS),)
+quickstart: $(VENV)/.installed
+	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo.yaml)
+	$(call timed,pretrain,$(EMOSCALE) pretrain configs/pretrain/memobert-demo.yaml)
+	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/demo.yaml)
+	@test -s $(QUICK)/report.html && echo "report: $(QUICK)/report.html"
+else
+quickstart: $(VENV)/.installed
+	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/films.yaml 'source=$(CORPUS)' output=$(QUICK)/own/corpus)
+	$(call timed,pretrain,$(EMOSCALE) pretrain configs/pretrain/memobert-own.yaml)
+	@echo "no labels, so nothing to fine-tune; run folder: $(QUICK)/own/pretrain"
+endif
+
+demo-report: $(VENV)/.installed
+	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo.yaml)
+	$(call timed,pretrain,$(EMOSCALE) pretrain configs/pretrain/memobert-demo.yaml)
+	$(call timed,control,$(EMOSCALE) pretrain configs/pretrain/memobert-demo-control.yaml)
+	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/demo-report.yaml)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+native: $(VENV)/.installed-dev
+	EMOSCALE_BUILD=1 $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+
+$(VENV)/.installed: $(PROJECT) | $(BIN)/python
+	$(call install,prepare$(,)finetune,$@)
+
+$(VENV)/.installed-dev: $(PROJECT) | $(BIN)/python
+	$(call install,prepare$(,)finetune$(,)dev,$@ $(VENV)/.installed)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "emoscale: no Python 3.11 or newer was found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "emoscale: $(PYTHON) is $$($(PYTHON) --version), 3.11 or newer is needed; name another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "emoscale: $(PYTHON) cannot make environments; apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) $(QUICK) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,278 @@
+"""The command line: one short function per command.
+
+Exit codes: 0 done · 1 failure · 2 usage (a command, option or configuration that cannot be run).
+Nothing heavy is imported before the command that needs it runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+T = TypeVar("T")
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="A configuration file, and what differs from it."),
+]
+Check = Annotated[bool, typer.Option("--check", help="Validate everything, touch nothing, then stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, everything else on stderr.")]
+
+app = typer.Typer(
+    name="emoscale",
+    help="Pre-train multimodal emotion models on unlabelled video, and turn them into emotion applications.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+    ] = False,
+) -> None:
+    """Pre-train multimodal emotion models on unlabelled video, and turn them into emotion applications."""
+    if version:
+        from emoscale import __version__
+
+        print(f"emoscale {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: `emoscale doctor runs/memobert-demo/checkpoints/step_00000200`")
+def doctor(
+    target: Annotated[Path | None, typer.Argument(help="A checkpoint or a corpus whose hashes to verify.")] = None,
+    clean: Annotated[bool, typer.Option("--clean", help="Free shared memory that killed runs left behind.")] = False,
+    json: Json = False,
+) -> None:
+    """Say what this machine can run, what it lacks and the remedy; or verify a checkpoint or a corpus."""
+    from emoscale import doctor as room
+
+    findings = room.clean() if clean else room.verify(target) if target else room.examine()
+    _show([vars(item) for item in findings], json, "\n".join(map(str, findings)))
+    raise typer.Exit(0 if all(item.ok or not item.needed for item in findings) else 1)
+
+
+@app.command(epilog="Example: `emoscale prepare configs/prepare/demo.yaml output=corpora/demo`")
+def prepare(
+    words: Words = None,
+    check: Check = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every shard of `output` with its hash.")] = False,
+    json: Json = False,
+) -> None:
+    """Turn films with subtitles, or a manifest of features, into a corpus; resumes what was begun."""
+    from emoscale.prepare import pipeline, shards
+
+    config = _read(pipeline.PrepareConfig, words)
+    if check:
+        return _valid(config, json)
+    if verify:
+        manifest = shards.verify(Path(config.output))
+        return _show(manifest["counts"], json, f"{config.output}: {len(manifest['shards'])} shards match their hashes")
+    _announce(config.output, json)
+    summary = pipeline.prepare(config, _progress(json))
+    return _show(vars(summary), json, summary.table())
+
+
+@app.command(epilog="Example: `emoscale pretrain configs/pretrain/memobert-demo.yaml optim.lr=3e-4`")
+def pretrain(words: Words = None, check: Check = False) -> None:
+    """Pre-train on a prepared corpus; resumes the run in its output folder if there is one."""
+    from emoscale.training import run
+
+    config = _read(run.RunConfig, words)
+    if check:
+        run.check(config)
+        return _valid(config, False)
+    _announce(config.output)
+    return _say(f"checkpoint: {run.pretrain(config)}")
+
+
+@app.command(epilog="Example: `emoscale finetune configs/finetune/demo.yaml init=runs/memobert-demo head.name=prompt`")
+def finetune(words: Words = None, check: Check = False, json: Json = False) -> None:
+    """Train an emotion classifier on a labelled corpus, over folds of speakers and seeds."""
+    from emoscale.training import finetune as stage
+
+    config = _read(stage.FinetuneConfig, words)
+    if check:
+        stage.check(config)
+        return _valid(config, json)
+    _announce(config.output, json)
+    folder = stage.finetune(config)
+    return _show(_load_json(folder / "results.json"), json, f"results: {folder / 'results.json'}")
+
+
+@app.command(epilog="Example: `emoscale evaluate model=runs/memobert-demo/finetune/model corpus=corpora/demo`")
+def evaluate(words: Words = None, json: Json = False) -> None:
+    """Score a fine-tuned model on a labelled corpus: WA, UAR, WF1, confusion matrix, 95 % intervals."""
+    from emoscale.training import evaluate as stage
+
+    config = _read(stage.EvaluateConfig, words)
+    scores = stage.evaluate(config)
+    _show(scores, json, "\n".join(f"{name:<16} {_short(value)}" for name, value in scores.items()))
+
+
+@app.command(epilog="Example: `emoscale predict talk.mp4 --model runs/memobert-demo/finetune/model --json`")
+def predict(
+    media: Annotated[list[Path], typer.Argument(help="Films to judge; subtitles beside them are used.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hugging Face id of a fine-tuned model.")],
+    json: Json = False,
+) -> None:
+    """Say the emotion of every utterance of a film, with the preprocessing the model was trained with."""
+    import emoscale
+
+    loaded = emoscale.load(model)
+    rows = [row | {"media": str(path)} for path in media for row in loaded.predict(path)]
+    _show(rows, json, "\n".join("  ".join(_short(value) for value in row.values()) for row in rows))
+
+
+@app.command(epilog="Example: `emoscale export runs/memobert-demo/checkpoints/step_00000200 models/memobert-demo`")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its latest.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, such as for a hub.")],
+) -> None:
+    """Write a checkpoint as a safetensors folder that `AutoModel.from_pretrained` opens."""
+    _announce(out)
+    from emoscale.models import hub
+
+    hub.export(checkpoint, out)
+
+
+@app.command(epilog="Example: `emoscale bench step`")
+def bench(
+    what: Annotated[str, typer.Argument(help="step, data or kernels.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
+    json: Json = False,
+) -> None:
+    """Measure a training step (packed against padded), the data path, or the kernels."""
+    from emoscale.training.bench import BENCHES
+
+    if what not in BENCHES:
+        raise typer.BadParameter(f"{what!r} is none of {', '.join(BENCHES)}")
+    result = BENCHES[what](overrides or [])
+    _show(result, json, "\n".join(f"{name:<32} {_short(value)}" for name, value in result.items()))
+
+
+@app.command(epilog="Example: `emoscale config pretrain optim.lr`")
+def config(
+    stage: Annotated[str, typer.Argument(help="pretrain, finetune, prepare or evaluate.")] = "pretrain",
+    key: Annotated[str, typer.Argument(help="One key, or the beginning of several.")] = "",
+    json: Json = False,
+) -> None:
+    """List every configuration key with its type, default and meaning."""
+    from emoscale.config import ConfigError, describe
+
+    rows = [row for row in describe(schema(stage)) if row[0].startswith(key)]
+    if not rows:
+        raise ConfigError(f"{key}: unknown key of {stage}; `emoscale config {stage}` lists every key")
+    records = [dict(zip(("key", "type", "default", "meaning"), row, strict=True)) for row in rows]
+    _show(records, json, "\n".join(f"{name}: {kind} = {default}\n    {doc}" for name, kind, default, doc in rows))
+
+
+def schema(stage: str) -> type:
+    """Give the configuration dataclass of a stage; `configs/<stage>/*.yaml` are read with it."""
+    if stage == "prepare":
+        from emoscale.prepare.pipeline import PrepareConfig as Schema
+    elif stage == "pretrain":
+        from emoscale.training.run import RunConfig as Schema
+    elif stage == "finetune":
+        from emoscale.training.finetune import FinetuneConfig as Schema
+    elif stage == "evaluate":
+        from emoscale.training.evaluate import EvaluateConfig as Schema
+    else:
+        raise typer.BadParameter(f"{stage!r} is none of pretrain, finetune, prepare, evaluate")
+    return Schema
+
+
+def _read(schema: type[T], words: list[str] | None) -> T:
+    """Take the first word as a file where it is no `key=value`, the others as overrides."""
+    from emoscale.config import load
+
+    words = list(words or [])
+    path = words.pop(0) if words and "=" not in words[0] else None
+    return load(schema, path, words)
+
+
+def _is_main() -> bool:
+    from emoscale.distributed import world_from
+
+    return world_from(os.environ).is_main
+
+
+def _say(line: str, aside: bool = False) -> None:
+    if _is_main():
+        print(line, file=sys.stderr if aside else sys.stdout, flush=True)
+
+
+def _announce(folder: str | Path, aside: bool = False) -> None:
+    _say(f"output: {folder}", aside)
+
+
+def _valid(config: Any, json: bool) -> None:
+    from emoscale.config import to_dict, to_yaml
+
+    _show(to_dict(config), json, f"{to_yaml(config)}# valid")
+
+
+def _show(value: Any, json: bool, text: str) -> None:
+    """Print a result for a machine or for a person."""
+    if json:
+        import json as module
+
+        text = module.dumps(value, indent=2, default=str, ensure_ascii=False)
+    _say(text)
+
+
+def _load_json(path: Path) -> Any:
+    import json
+
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _progress(aside: bool) -> Callable[[int, int, dict[str, Any]], None]:
+    """Give what shows the progress of `prepare`: one line that renews itself on a terminal, plain lines in a log."""
+    stream = sys.stderr if aside else sys.stdout
+    start, end = ("\r\x1b[2K", "") if stream.isatty() else ("", "\n")
+
+    def report(done: int, of: int, row: dict[str, Any]) -> None:
+        state = row["reason"] or f"{row['utterances']} utterances"
+        last = "\n" if done == of else end
+        print(f"{start}[{done}/{of}] {row['path']}: {state}", end=last, file=stream, flush=True)
+
+    return report
+
+
+def main() -> None:
+    """Run a command; an error that the user can mend is one line."""
+    debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]
+    try:
+        app()
+    except Exception as error:
+        status = _status(error)
+        if debug or status is None:
+            raise
+        print(f"emoscale: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(status)
+
+
+def _status(error: Exception) -> int | None:
+    """Give the exit code of an error whose message suffices, None for one that only its traceback explains."""
+    from emoscale.config import ConfigError, EmoscaleError
+
+    if isinstance(error, ConfigError):
+        return 2
+    missing_extra = isinstance(error, ImportError) and "pip install" in str(error)
+    return 1 if missing_extra or isinstance(error, EmoscaleError | OSError) else None
