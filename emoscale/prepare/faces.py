@@ -55,7 +55,7 @@ class FacesConfig:
     """Part of the box's side added on each side of the crop."""
     track_iou: float = 0.25
     """Least overlap (0 to 1) of one face with itself between two detections."""
-    max_gap_s: float = 1.0
+    max_gap_s: float = 0.7
     """A face missed for no longer than this (seconds) is interpolated; after it, a new track starts."""
     min_frames: int = 3
     """Tracks of fewer analysis frames are dropped."""
