@@ -18,10 +18,16 @@ CENTRE, SIZE = (64.0, 80.0), 42.0
 AHEAD, RISE, FALL = 0.15, 0.35, 0.35
 """An expression starts this long before the utterance, takes so long to rise, and so long to go after it; seconds."""
 
+EXPOSURE = 6
+"""A frame shows the mouth's mean over so many hundredths of a second, as a camera does; points in time would alias syllables."""
+
 QUALITY = "27"
 """x264's constant rate factor."""
 
-SOUND_BITS = 32_000
+SOUND = {"aac_coder": "fast", "aac_tns": "0", "aac_pns": "0", "aac_is": "0", "aac_ms": "0", "flags": "bitexact"}
+"""The plainest coding tools: 60 s are encoded in 0.1 s."""
+
+SOUND_BITS = 40_000
 
 
 def render(cast: script.Cast, seed: int, folder: Path, fps: float) -> None:
@@ -38,7 +44,9 @@ def render(cast: script.Cast, seed: int, folder: Path, fps: float) -> None:
 
 def subtitles(lines: list[script.Line]) -> str:
     """Give the SRT file of a film; an empty cue stays a cue."""
-    return "".join(f"{i + 1}\n{_clock(line.start)} --> {_clock(line.end)}\n{line.subtitle}\n\n" for i, line in enumerate(lines))
+    return "".join(
+        f"{i + 1}\n{_clock(line.start)} --> {_clock(line.end)}\n{line.subtitle}\n\n" for i, line in enumerate(lines)
+    )
 
 
 def mouths(seed: int, cast: script.Cast, lines: list[script.Line]) -> list[np.ndarray]:
@@ -46,7 +54,9 @@ def mouths(seed: int, cast: script.Cast, lines: list[script.Line]) -> list[np.nd
     return [voice.opening(line.words, line.end - line.start, _stream(seed, cast, 1, i)) for i, line in enumerate(lines)]
 
 
-def sound(seed: int, cast: script.Cast, lines: list[script.Line], tracks: list[np.ndarray], seconds: float) -> np.ndarray:
+def sound(
+    seed: int, cast: script.Cast, lines: list[script.Line], tracks: list[np.ndarray], seconds: float
+) -> np.ndarray:
     """Give a film's sound: float32 at 16 kHz; exact silence where an utterance is muted, room noise elsewhere."""
     people = [voice.speaker(script.stream(seed, script.IDENTITY, number, 2)) for number in cast.speakers]
     track = _stream(seed, cast, 2).standard_normal(int(np.ceil(seconds * voice.RATE)), np.float32) * np.float32(4e-4)
@@ -63,15 +73,27 @@ def sound(seed: int, cast: script.Cast, lines: list[script.Line], tracks: list[n
 class Scene:
     """The pictures of a film, one by one."""
 
-    def __init__(self, seed: int, cast: script.Cast, lines: list[script.Line], tracks: list[np.ndarray], seconds: float, fps: float) -> None:
+    def __init__(
+        self,
+        seed: int,
+        cast: script.Cast,
+        lines: list[script.Line],
+        tracks: list[np.ndarray],
+        seconds: float,
+        fps: float,
+    ) -> None:
         """Draw what stays, and work out what moves."""
         rng = _stream(seed, cast, 4)
         self.times = np.arange(int(np.ceil(seconds * fps)), dtype=np.float32) / np.float32(fps)
         top, bottom = rng.uniform(60, 180, (2, 3))
         down = np.linspace(0, 1, HEIGHT)[:, None, None]
-        self.backdrop = np.ascontiguousarray(np.broadcast_to((1 - down) * top + down * bottom, (HEIGHT, WIDTH, 3)).astype(np.uint8))
+        self.backdrop = np.ascontiguousarray(
+            np.broadcast_to((1 - down) * top + down * bottom, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+        )
         people = [face.identity(script.stream(seed, script.IDENTITY, number, 3)) for number in cast.speakers]
-        self.faces = [face.Face(person, self.backdrop[:, :PANEL], CENTRE, SIZE, rng.uniform(-1, 1)) for person in people]
+        self.faces = [
+            face.Face(person, self.backdrop[:, :PANEL], CENTRE, SIZE, rng.uniform(-1, 1)) for person in people
+        ]
         self.moves = [self._performance(rng, side, lines, tracks) for side in (0, 1)]
         self.shapes = [drawn.shapes(moves) for drawn, moves in zip(self.faces, self.moves, strict=True)]
         self.poses = [self._sway(rng) for _ in (0, 1)]
@@ -91,18 +113,24 @@ class Scene:
             self._canvas[:] = 24 if view == "card" else self.backdrop
             self._shown = view
             if view == "card":
-                cv2.putText(self._canvas, "later", (88, 78), cv2.FONT_HERSHEY_SIMPLEX, 0.8, (190, 190, 190), 1, cv2.LINE_AA)
+                cv2.putText(
+                    self._canvas, "later", (88, 78), cv2.FONT_HERSHEY_SIMPLEX, 0.8, (190, 190, 190), 1, cv2.LINE_AA
+                )
         for side, left in _PLACES[view]:
             np.copyto(self._panel, self.faces[side].base)
             self.faces[side].draw(self._panel, self.shapes[side], frame)
             there = self._canvas[:, left : left + PANEL]
-            cv2.warpAffine(self._panel, self.poses[side][frame], (PANEL, HEIGHT), there, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)
+            cv2.warpAffine(
+                self._panel, self.poses[side][frame], (PANEL, HEIGHT), there, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE
+            )
         planes = cv2.cvtColor(self._canvas, cv2.COLOR_BGR2YUV_I420)
         bright = planes[:HEIGHT]
         cv2.addWeighted(bright, float(self._gain[frame]), self._grain[frame % 6], 1.0, -1.5, bright)
         return planes
 
-    def _performance(self, rng: np.random.Generator, side: int, lines: list[script.Line], tracks: list[np.ndarray]) -> np.ndarray:
+    def _performance(
+        self, rng: np.random.Generator, side: int, lines: list[script.Line], tracks: list[np.ndarray]
+    ) -> np.ndarray:
         """Give one person's movements in every frame: float32 [frames, 11], in the order of `face.DIMENSIONS`."""
         times = self.times
         moves = np.zeros((len(times), len(face.DIMENSIONS)), np.float32)
@@ -116,7 +144,8 @@ class Scene:
             strength = _smooth(np.minimum(rise, fall)) * (1 + 0.1 * np.sin(2 * np.pi * (0.7 * times + rng.random())))
             moves += strength[:, None] * face.expression(line.face or "neutral", line.intensity)
             knots = line.start + 0.01 * np.arange(len(track))
-            moves[:, -1] += np.interp(times, knots, track, left=0, right=0).astype(np.float32)
+            exposed = np.convolve(track, np.full(EXPOSURE, 1 / EXPOSURE), "same")
+            moves[:, -1] += np.interp(times, knots, exposed, left=0, right=0).astype(np.float32)
         eye = face.DIMENSIONS.index("eye")
         for moment in np.cumsum(rng.exponential(2.5, 4 + int(times[-1] / 2)) + 0.5):
             moves[np.abs(times - moment) < 0.07, eye] = -1.4
@@ -146,16 +175,24 @@ class Scene:
         return [str(view) for view in views]
 
 
-_PLACES = {"both": ((0, 0), (1, PANEL)), "one0": ((0, PANEL // 2),), "one1": ((1, PANEL // 2),), "empty": (), "card": ()}
+_PLACES = {
+    "both": ((0, 0), (1, PANEL)),
+    "one0": ((0, PANEL // 2),),
+    "one1": ((1, PANEL // 2),),
+    "empty": (),
+    "card": (),
+}
 
 
 def encode(path: Path, scene: Scene, track: np.ndarray, fps: float) -> None:
     """Write picture and sound to an MP4 file; one thread, so that the same film is the same bytes."""
     rate = Fraction(fps).limit_denominator(1000)
     with av.open(str(path), "w", format="mp4", options={"fflags": "bitexact"}) as container:
-        video = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast", "crf": QUALITY, "threads": "1", "g": "50"})
+        video = container.add_stream(
+            "libx264", rate=rate, options={"preset": "ultrafast", "crf": QUALITY, "threads": "1", "g": "50"}
+        )
         video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        audio = container.add_stream("aac", rate=voice.RATE, layout="mono", options={"aac_coder": "fast", "flags": "bitexact"})
+        audio = container.add_stream("aac", rate=voice.RATE, layout="mono", options=SOUND)
         audio.bit_rate = SOUND_BITS
         whole = av.AudioFrame.from_ndarray(np.ascontiguousarray(track[None]), format="fltp", layout="mono")
         whole.sample_rate, whole.pts = voice.RATE, 0
@@ -167,7 +204,7 @@ def encode(path: Path, scene: Scene, track: np.ndarray, fps: float) -> None:
                 frame.pts, frame.time_base = number, 1 / rate
             for packet in video.encode(frame):
                 container.mux(packet)
-            while heard and (frame is None or float(heard[-1].pts * heard[-1].time_base) <= number / rate):
+            while heard and (frame is None or float(heard[-1].pts * heard[-1].time_base) <= number / fps):
                 container.mux(heard.pop())
 
 
@@ -178,7 +215,7 @@ def _stream(seed: int, cast: script.Cast, *numbers: int) -> np.random.Generator:
 def _wave(rng: np.random.Generator, times: np.ndarray, rate: float) -> np.ndarray:
     """Give a smooth random movement between −1 and 1 of about `rate` turns per second."""
     parts = [np.sin(2 * np.pi * (rate * rng.uniform(0.6, 1.4) * k * times + rng.random())) / k for k in (1, 2, 3)]
-    return (sum(parts) / 1.83).astype(np.float32)
+    return (np.sum(parts, 0) / 1.83).astype(np.float32)
 
 
 def _smooth(x: np.ndarray) -> np.ndarray:

@@ -134,6 +134,7 @@ def _line(rng: np.random.Generator, speaker: int, scene: int, emotion: str, topi
     lexicon = _cue(rng, emotion, tables.TEXT_TRUE, tables.TEXT_OTHER)
     count, intensity, pace = text.length(rng), rng.uniform(*tables.INTENSITY), rng.uniform(0.92, 1.08)
     hidden, muted, shot, kind, brief = rng.random(5)
+    count = tables.WORDS_RANGE[0] if kind < tables.SHORT else count
     words = text.sentence(rng, lexicon or None, count, topic)
     if muted < tables.MUTED:
         voice = ""

@@ -118,15 +118,15 @@ def speak(who: Speaker, prosody: str, words: str, mouth: np.ndarray, rng: np.ran
 def _melody(rng: np.random.Generator, times: np.ndarray, semitones: float, slope: float) -> np.ndarray:
     """Give a slow random pitch movement with a rise or fall over the whole utterance, semitones."""
     length = max(float(times[-1]), 0.1)
-    waves = sum(rng.uniform(0.4, 1.0) * np.sin(2 * np.pi * (rate * times + rng.random())) for rate in (0.5, 1.1, 2.3))
-    return semitones * (0.5 * waves + slope * (times / length - 0.5) * 2)
+    waves = [rng.uniform(0.4, 1.0) * np.sin(2 * np.pi * (rate * times + rng.random())) for rate in (0.5, 1.1, 2.3)]
+    return semitones * (0.5 * np.sum(waves, 0) + slope * (times / length - 0.5) * 2)
 
 
 @lru_cache(maxsize=64)
 def _pulse(harmonics: int) -> np.ndarray:
     """One period of a glottal pulse with this many harmonics falling by 6 dB per octave, so that none lies above 8 kHz."""
     turn = np.arange(1024) / 1024
-    return sum(np.cos(2 * np.pi * k * turn) / k for k in range(1, harmonics + 1)).astype(np.float32)
+    return np.sum([np.cos(2 * np.pi * k * turn) / k for k in range(1, harmonics + 1)], 0).astype(np.float32)
 
 
 def _filters(words: str, steps: int, tract: float, bright: float) -> np.ndarray:
@@ -141,7 +141,9 @@ def _filters(words: str, steps: int, tract: float, bright: float) -> np.ndarray:
         centre = np.interp(places, np.arange(len(units)), track[:, formant]).astype(np.float32)[:, None]
         gain += np.float32(height) / (1 + ((bins - centre) / np.float32(width)) ** 2)
     octaves = np.log2(np.maximum(bins, 60) / 1000)
-    return (gain + np.float32(0.03)) * (10 ** (bright * octaves / 20 * 1.5)).astype(np.float32)
+    gain = (gain + np.float32(0.03)) * (10 ** (bright * octaves / 20 * 1.5)).astype(np.float32)
+    # every vowel is equally loud, or the mouth would not follow the loudness: the pulses' power falls as 1 / f²
+    return gain / np.sqrt(np.sum((gain / np.maximum(bins, 100)) ** 2, 1, keepdims=True))
 
 
 def _shape(source: np.ndarray, gain: np.ndarray) -> np.ndarray:

@@ -1,0 +1,365 @@
+"""The generated demo corpus: what its tables promise is what is written, drawn and heard."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+av = pytest.importorskip("av", reason="needs PyAV (pip install 'emoscale[prepare]')")
+cv2 = pytest.importorskip("cv2", reason="needs OpenCV (pip install 'emoscale[prepare]')")
+pytest.importorskip("pysubs2", reason="needs pysubs2 (pip install 'emoscale[prepare]')")
+
+from scipy.stats import chi2_contingency, kstest  # noqa: E402
+
+from emoscale.config import ConfigError, load  # noqa: E402
+from emoscale.prepare import subtitles  # noqa: E402
+from emoscale.prepare.demo import (  # noqa: E402
+    COLUMNS,
+    DemoConfig,
+    face,
+    film,
+    films,
+    oracle,
+    render,
+    rows,
+    script,
+    tables,
+    text,
+    voice,
+)
+
+SMALL = DemoConfig(
+    pretrain_films=1,
+    pretrain_speakers=4,
+    labelled_films=2,
+    labelled_speakers=4,
+    two_scenes_every=2,
+    still_identities=2,
+    stills_per_class=2,
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    render(folder, SMALL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table() -> list[dict[str, str]]:
+    return rows(DemoConfig())
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in folder.rglob("*")
+        if f.is_file()
+    }
+
+
+def test_one_and_two_processes_write_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
+    render(tmp_path, DemoConfig(**{**SMALL.__dict__, "processes": 1}))
+    assert digests(tmp_path) == digests(corpus)
+    assert sum(name.endswith(".mp4") for name in digests(corpus)) == 3
+    assert sum(name.endswith(".png") for name in digests(corpus)) == 2 * 2 * 5
+
+
+def test_another_seed_writes_other_films(corpus: Path, tmp_path: Path) -> None:
+    cast = films(SMALL)[0]
+    film.render(cast, 1, tmp_path, SMALL.fps)
+    assert (tmp_path / f"{cast.name}.mp4").read_bytes() != (corpus / "films" / f"{cast.name}.mp4").read_bytes()
+
+
+def test_an_interrupted_render_goes_on(corpus: Path) -> None:
+    before = digests(corpus)
+    kept, lost = corpus / "films/labelled/film_000.mp4", corpus / "films/labelled/film_001.mp4"
+    lost.unlink()
+    note = corpus / "demo.json"
+    note.write_text(note.read_text().replace('"complete": true', '"complete": false'))
+    stamp = kept.stat().st_mtime_ns
+    render(corpus, DemoConfig(**{**SMALL.__dict__, "processes": 1}))
+    assert digests(corpus) == before
+    assert kept.stat().st_mtime_ns == stamp
+
+
+def test_another_configuration_in_the_same_folder_is_refused(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match="another version or configuration"):
+        render(corpus, DemoConfig(**{**SMALL.__dict__, "seed": 5}))
+
+
+@pytest.mark.parametrize("word", ["pretrain_speakers=6", "labelled_speakers=0", "fps=2", "processes=0", "seed=-1"])
+def test_values_out_of_range_are_refused_by_name(word: str) -> None:
+    with pytest.raises(ConfigError, match=word.split("=")[0]):
+        load(DemoConfig, overrides=[word])
+
+
+def test_labels_stand_beside_the_films_and_name_their_cues(corpus: Path) -> None:
+    assert [f.name for f in corpus.rglob("*.csv")] == ["labels.csv"]
+    assert (corpus / "labels.csv").exists()
+    assert {f.suffix for f in (corpus / "films").rglob("*") if f.is_file()} == {".mp4", ".srt"}
+    with (corpus / "labels.csv").open() as file:
+        labels = list(csv.DictReader(file))
+    assert tuple(labels[0]) == COLUMNS
+    named, dialogues = [], {}
+    for path in sorted((corpus / "films").rglob("*.srt")):
+        name = path.relative_to(corpus / "films").with_suffix("").as_posix()
+        cues = subtitles.read(path, subtitles.SubtitleConfig(min_duration=0.0))
+        named += [f"{name}#{cue.number:04d}" for cue in cues]
+        for part in subtitles.cut(cues, subtitles.SubtitleConfig(min_duration=0.0))[0]:
+            dialogues[f"{name}#{part.cue.number:04d}"] = f"{name}/{part.dialogue}"
+    assert sorted(row["id"] for row in labels) == sorted(named)
+    assert {row["id"]: row["dialogue"] for row in labels} == dialogues
+    assert len(set(dialogues.values())) == 4
+
+
+def test_speakers_meet_in_groups_and_splits_share_none(table: list[dict[str, str]]) -> None:
+    speakers = {split: {row["speaker"] for row in table if row["split"] == split} for split in ("pretrain", "labelled")}
+    assert not speakers["pretrain"] & speakers["labelled"]
+    assert len(speakers["labelled"]) == 16
+    groups: dict[str, set[str]] = {}
+    for row in table:
+        groups.setdefault(row["group"], set()).add(row["speaker"])
+    assert all(len(members) == 4 for members in groups.values())
+    of_film: dict[str, set[str]] = {}
+    for row in table:
+        of_film.setdefault(row["id"].split("#")[0], set()).add(row["group"])
+    assert all(len(found) == 1 for found in of_film.values())
+    assert 1300 <= sum(row["split"] == "pretrain" for row in table) <= 1500
+    assert 600 <= sum(row["split"] == "labelled" for row in table) <= 680
+
+
+def test_cues_tell_the_truth_as_often_as_the_table_says(table: list[dict[str, str]]) -> None:
+    for cue, column in (("text", "text_class"), ("face", "shown_face"), ("voice", "shown_voice")):
+        wanted = oracle.emission(cue)
+        for emotion in range(4):
+            of = [row[column] for row in table if row["label"] == tables.EMOTIONS[emotion]]
+            for place, shown in enumerate(oracle.SHOWN):
+                chance = wanted[emotion, place]
+                slack = 4 * np.sqrt(chance * (1 - chance) / len(of)) + 1 / len(of)
+                assert abs(of.count(shown) / len(of) - chance) < slack, (cue, tables.EMOTIONS[emotion], shown)
+
+
+def test_cues_are_independent_given_the_emotion(table: list[dict[str, str]]) -> None:
+    columns = ("text_class", "shown_face", "shown_voice")
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        counts = np.zeros((2, 2))
+        for row in table:
+            counts[int(row[columns[first]] == row["label"]), int(row[columns[second]] == row["label"])] += 1
+        assert chi2_contingency(counts).pvalue > 1e-3
+
+
+def test_emotions_are_balanced_and_foreseeable(table: list[dict[str, str]]) -> None:
+    for matrix in (tables.INERTIA, tables.INFLUENCE):
+        np.testing.assert_allclose(np.sum(matrix, 0), 1)
+        np.testing.assert_allclose(np.sum(matrix, 1), 1)
+    counts = Counter(row["label"] for row in table)
+    assert max(counts.values()) < 1.35 * min(counts.values())
+
+
+def test_lengths_follow_the_table() -> None:
+    rng = np.random.default_rng(0)
+    drawn = np.array([text.length(rng) for _ in range(4000)])
+    wanted = np.exp(np.log(tables.WORDS_MEDIAN) + tables.WORDS_SIGMA * rng.standard_normal(40000))
+    wanted = np.clip(np.rint(wanted), *tables.WORDS_RANGE)
+    assert np.median(drawn) == tables.WORDS_MEDIAN
+    assert kstest(drawn, wanted).statistic < 0.03
+    for words in range(tables.WORDS_RANGE[0], tables.WORDS_RANGE[1] + 1):
+        for emotion in (*tables.EMOTIONS, None):
+            assert len(text.sentence(rng, emotion, words, "food").split()) == words
+
+
+def test_utterances_last_about_three_seconds() -> None:
+    lines = [line for cast in films(DemoConfig()) for line in script.lines(0, cast)[0]]
+    seconds = np.array([line.end - line.start for line in lines])
+    assert 2.8 <= np.median(seconds) <= 3.4
+    assert seconds.max() <= tables.LONGEST + 0.002
+    assert 0 < np.mean(seconds < 1) < 0.03
+    assert 0 < np.mean([not line.subtitle for line in lines]) < 0.03
+
+
+def test_lexica_are_apart_from_one_another_and_from_the_fillers() -> None:
+    emotional = [word for words in text.LEXICON.values() for word in words]
+    assert len(emotional) == len(set(emotional)) == 100
+    assert all(words[0] == name for name, words in text.LEXICON.items())
+    fillers = filler_words()
+    assert not fillers & set(emotional)
+    assert len(fillers) >= 250
+
+
+WRITTEN = 1500
+"""Sentences per class in the test for leaks: a word that is 1.5 times as frequent in one class would be seen."""
+
+
+def filler_words() -> set[str]:
+    banks = (
+        text.ADJECTIVES,
+        text.PREDICATES,
+        text.VERBS,
+        text.PLACES,
+        text.TIMES,
+        text.PEOPLE,
+        text.OPENERS,
+        text.STRENGTHS,
+        text.CORES,
+    )
+    return {
+        word for bank in (*banks, text.LINKS, *text.TOPICS.values()) for phrase in bank for word in phrase.split(":")
+    } | {"the", "am", "and"}
+
+
+def test_fillers_do_not_tell_the_emotion() -> None:
+    rng = np.random.default_rng(1)
+    fillers = filler_words()
+    counts = {name: Counter() for name in tables.EMOTIONS}
+    direct = []
+    for name in tables.EMOTIONS:
+        written = [text.sentence(rng, name, text.length(rng), text.TOPIC_NAMES[i % 8]) for i in range(WRITTEN)]
+        direct.append(sum("i am" in sentence for sentence in written))
+        for sentence in written:
+            counts[name].update(set(sentence.split()))  # once per sentence: words of one sentence hang together
+    known = sorted(word for word in fillers if sum(count[word] for count in counts.values()) >= 40)
+    pvalues = []
+    for word in known:
+        has = np.array([counts[name][word] for name in tables.EMOTIONS])
+        pvalues.append(chi2_contingency(np.stack([has, WRITTEN - has])).pvalue)
+    assert min(pvalues) > 1e-3 / len(known)
+    assert kstest(pvalues, "uniform").pvalue > 1e-3
+    lexicon = np.array([counts[name]["happy"] for name in tables.EMOTIONS])
+    assert (
+        chi2_contingency(np.stack([lexicon, WRITTEN - lexicon])).pvalue < 1e-20
+    )  # the same test does see a word that tells
+    assert 0.2 < np.mean(direct) / WRITTEN < 0.35
+
+
+def views_and_frames(corpus: Path, cast: script.Cast) -> tuple[film.Scene, list[script.Line], list[np.ndarray]]:
+    lines, seconds = script.lines(SMALL.seed, cast)
+    scene = film.Scene(SMALL.seed, cast, lines, film.mouths(SMALL.seed, cast, lines), seconds, SMALL.fps)
+    with av.open(str(corpus / "films" / f"{cast.name}.mp4")) as container:
+        frames = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+    assert len(frames) == len(scene)
+    return scene, lines, frames
+
+
+def test_the_cascade_finds_the_speaker(corpus: Path) -> None:
+    scene, lines, frames = views_and_frames(corpus, films(SMALL)[1])
+    cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
+    places = {"both": ((0, 64), (1, 192)), "one0": ((0, 128),), "one1": ((1, 128),), "empty": (), "card": ()}
+    found, wrong = [], 0
+    for number in range(0, len(frames), 5):
+        line = next((line for line in lines if line.start <= scene.times[number] <= line.end), None)
+        boxes = cascade.detectMultiScale(frames[number], 1.2, 3, minSize=(28, 28))
+        centres = [x + w / 2 for x, _, w, _ in boxes]
+        seen = places[scene.views[number]]
+        wrong += sum(all(abs(c - x) > 16 for _, x in seen) for c in centres)
+        if line is not None and line.face:
+            x = next(x for side, x in seen if side == line.speaker)
+            found.append(any(abs(c - x) <= 16 for c in centres))
+            assert all(60 <= w <= 100 for _, _, w, _ in boxes)
+    assert len(found) > 50
+    assert np.mean(found) >= 0.95
+    assert wrong <= 0.01 * len(frames)
+
+
+def test_the_mouth_follows_the_sound(corpus: Path) -> None:
+    cast = films(SMALL)[1]
+    scene, lines, _ = views_and_frames(corpus, cast)
+    with av.open(str(corpus / "films" / f"{cast.name}.mp4")) as container:
+        heard = np.concatenate([block.to_ndarray()[0] for block in container.decode(audio=0)])
+    step = int(voice.RATE / SMALL.fps)
+    together = []
+    for line in lines:
+        inside = np.flatnonzero((scene.times > line.start + 0.1) & (scene.times < line.end - 0.1))
+        centres = np.rint(scene.times[inside] * voice.RATE).astype(int)
+        loud = np.array([np.sqrt(np.mean(heard[c - step // 2 : c + step // 2] ** 2)) for c in centres])
+        mouth = scene.moves[line.speaker][inside, -1]
+        assert np.all(scene.moves[1 - line.speaker][inside, -1] == 0)
+        if not line.voice:
+            assert loud.max() < 2e-3
+        elif len(inside) > 10:
+            together.append(np.corrcoef(mouth, loud)[0, 1])
+    assert np.median(together) > 0.7
+    assert np.mean(np.array(together) > 0.4) > 0.9
+
+
+def test_drawn_expressions_differ_and_speech_opens_the_mouth() -> None:
+    drawn = face.Face(
+        face.identity(np.random.default_rng(0)), np.full((144, 128, 3), 120, np.uint8), film.CENTRE, film.SIZE
+    )
+    pictures = {}
+    for name in face.EXPRESSIONS:
+        moves = np.stack([face.expression(name), face.expression(name)])
+        moves[1, -1] = 1.0
+        shapes = drawn.shapes(moves)
+        height = shapes["inside"][:, 0, :, 1].max(1) - shapes["inside"][:, 0, :, 1].min(1)
+        assert height[1] > height[0]
+        pictures[name] = drawn.base.copy()
+        drawn.draw(pictures[name], shapes, 0)
+    names = list(pictures)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            assert np.abs(pictures[one].astype(int) - pictures[other]).max() > 40
+
+
+def test_prosodies_differ_in_level_and_pitch() -> None:
+    levels, pitches = {}, {}
+    who = voice.Speaker(pitch=120.0, tract=1.0, level=0.0, melody=2.5)
+    mouth = voice.opening("we were home before lunch", 2.0, np.random.default_rng(0))
+    for name in tables.EMOTIONS:
+        spoken = [
+            voice.speak(who, name, "we were home before lunch", mouth, np.random.default_rng(i)) for i in range(12)
+        ]
+        assert all(len(s) == len(mouth) * 160 and np.abs(s).max() < 1 for s in spoken)
+        levels[name] = np.mean([20 * np.log10(s.std()) for s in spoken])
+        pitches[name] = np.median([pitch(s[8000:16000]) for s in spoken])
+    assert levels["sad"] < levels["neutral"] - 3 < levels["happy"] - 3 < levels["anger"] - 3
+    assert pitches["sad"] < pitches["neutral"] < pitches["anger"] < pitches["happy"]
+
+
+def pitch(sound: np.ndarray) -> float:
+    spectrum = np.abs(np.fft.rfft(sound, 65536)) ** 2
+    echo = np.fft.irfft(spectrum)
+    lags = np.arange(voice.RATE // 300, voice.RATE // 70)
+    return voice.RATE / float(lags[np.argmax(echo[lags])])
+
+
+def test_stills_hold_one_face_each(corpus: Path) -> None:
+    cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
+    pictures = sorted((corpus / "stills").glob("*/*.png"))
+    assert {path.parent.name for path in pictures} == set(tables.STILL_CLASSES)
+    images = [cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in pictures]
+    assert {image.shape for image in images} == {(96, 96)}
+    assert sum(len(cascade.detectMultiScale(image, 1.1, 3, minSize=(30, 30))) == 1 for image in images) >= 19
+
+
+def test_oracle_reaches_what_the_corpus_was_made_for(tmp_path: Path, table: list[dict[str, str]]) -> None:
+    exact = oracle.expected()
+    assert 0.88 < exact["text"] < 0.91
+    assert 0.58 < exact["face"] < 0.61
+    assert 0.58 < exact["voice"] < 0.61
+    assert 0.93 < exact["text+face+voice"] < 0.95
+    path = tmp_path / "labels.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(table)
+    for split, count in Counter(row["split"] for row in table).items():
+        scores = oracle.oracle(path, split)
+        for name, chance in exact.items():
+            assert len(scores[name]["predictions"]) == count
+            assert abs(scores[name]["accuracy"] - chance) < 4 * np.sqrt(chance * (1 - chance) / count), (split, name)
+        assert scores["forecast"]["uar"] > 0.4
+
+
+def test_oracle_weighs_cues_by_their_odds() -> None:
+    assert oracle.posterior({"text": "", "face": "", "voice": ""}) == pytest.approx([0.25] * 4)
+    assert oracle.posterior({"face": "happy"})[1] == pytest.approx(0.6)
+    assert oracle.decide({"text": "sad", "face": "happy", "voice": "happy"}) == "sad"  # 261 : 1 against 20 : 1
+    assert oracle.decide({"text": "", "face": "happy", "voice": "happy"}) == "happy"
+    assert oracle.decide({"text": "", "face": "anger", "voice": "happy"}) == "anger"
