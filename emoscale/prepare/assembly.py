@@ -1,7 +1,7 @@
 """From parts to a corpus: shards, tokenizer, manifest and ledger.
 
-Parts are taken in the order of the inputs' names, so that the shards hold the same bytes however many processes extracted and
-however often they were interrupted.
+Parts are taken in the order of the inputs' names, so that the shards hold the same bytes however many processes
+extracted and however often they were interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ from emoscale.config import DataError, to_dict
 from emoscale.prepare import vocabulary
 from emoscale.prepare.extract import PRECOMPUTED, Extractor, PreprocessConfig
 from emoscale.prepare.parts import ARRAYS, PARTS, Head, PartStore
-from emoscale.prepare.shards import LEDGER, MANIFEST, SCHEMA, Statistics, previous_manifest, publish, write_json, write_ledger, write_shards
+from emoscale.prepare.shards import (
+    LEDGER,
+    MANIFEST,
+    SCHEMA,
+    Statistics,
+    previous_manifest,
+    publish,
+    write_json,
+    write_ledger,
+    write_shards,
+)
 from emoscale.prepare.sources import Source
 from emoscale.prepare.teacher import teacher_sha256
 from emoscale.prepare.vocabulary import TextConfig
@@ -58,9 +68,14 @@ def assemble(
     """
     waiting = [item for item in sources if item.name not in heads]
     if waiting:
-        raise DataError(f"{len(waiting)} of {len(sources)} inputs are not extracted yet, first {waiting[0].shown}; run without stage=assemble")
+        raise DataError(
+            f"{len(waiting)} of {len(sources)} inputs are not extracted yet, "
+            f"first {waiting[0].shown}; run without stage=assemble"
+        )
     done = [item.name for item in sources if heads[item.name].row["status"] == "done"]
-    known = json.dumps([SCHEMA, [(name, heads[name].key) for name in done], to_dict(text), sorted(require), shard_bytes])
+    known = json.dumps(
+        [SCHEMA, [(name, heads[name].key) for name in done], to_dict(text), sorted(require), shard_bytes]
+    )
     inputs = hashlib.sha256(known.encode()).hexdigest()
     before = previous_manifest(store.folder)
     if before is not None and before["inputs_sha256"] == inputs and (store.folder / MANIFEST).exists():
@@ -74,7 +89,9 @@ def assemble(
     shards, statistics = write_shards(_kept(done, store, require, dropped), frame.pop("widths"), fresh, shard_bytes)
     if not statistics.counts["utterances"]:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise DataError(f"{store.folder}: no utterance is left of {len(sources)} inputs; {store.folder / LEDGER} says why")
+        raise DataError(
+            f"{store.folder}: no utterance is left of {len(sources)} inputs; {store.folder / LEDGER} says why"
+        )
     statistics.counts["files"] = len(done)
     manifest = _manifest(frame, statistics, shards, preprocess)
     manifest["tokenizer"] = _tokenizer(text, before, store, done, fresh)
@@ -94,7 +111,9 @@ def notes_of(ledger: Path) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _kept(names: list[str], store: PartStore, require: list[str], dropped: dict[str, Counter[str]]) -> Iterator[Utterance]:
+def _kept(
+    names: list[str], store: PartStore, require: list[str], dropped: dict[str, Counter[str]]
+) -> Iterator[Utterance]:
     """Give the utterances of all parts; those without a required modality are counted in `dropped`."""
     for name in names:
         for utterance in store.utterances(name):
@@ -110,24 +129,38 @@ def _frame(heads: dict[str, Head], preprocess: PreprocessConfig, teacher: Path |
     described = [head.encoders for head in heads.values() if head.encoders]
     widths = {column: max((head.widths[column] for head in heads.values()), default=0) for column in ARRAYS}
     if not described and any(widths.values()):
-        voice, face = ({"encoder": {"name": PRECOMPUTED, "revision": ""}, "width": widths[name], "frame_s": step}
-                       for name, step in (("acoustic", 0.06), ("visual", 1 / preprocess.faces.fps)))
-        common: dict[str, Any] = {"acoustic": voice, "visual": face, "classes": [f"class_{i}" for i in range(widths["visual_emotion"])]}
+        voice, face = (
+            {"encoder": {"name": PRECOMPUTED, "revision": ""}, "width": widths[name], "frame_s": step}
+            for name, step in (("acoustic", 0.06), ("visual", 1 / preprocess.faces.fps))
+        )
+        common: dict[str, Any] = {
+            "acoustic": voice,
+            "visual": face,
+            "classes": [f"class_{i}" for i in range(widths["visual_emotion"])],
+        }
     else:
         common = described[0] if described else Extractor(preprocess, teacher).describe()
     odd = next((name for name, head in heads.items() if head.encoders not in ({}, common)), None)
     if odd is not None:
-        raise DataError(f"{odd}: was made with other encoders than the rest; remove {PARTS} in the corpus and run again")
+        raise DataError(
+            f"{odd}: was made with other encoders than the rest; remove {PARTS} in the corpus and run again"
+        )
     emotion = {"classes": common["classes"], "teacher_sha256": teacher_sha256(teacher) if teacher else None}
     return {
-        "widths": {"acoustic": common["acoustic"]["width"], "visual": common["visual"]["width"], "visual_emotion": len(common["classes"])},
+        "widths": {
+            "acoustic": common["acoustic"]["width"],
+            "visual": common["visual"]["width"],
+            "visual_emotion": len(common["classes"]),
+        },
         "acoustic": common["acoustic"],
         "visual": common["visual"],
         "visual_emotion": emotion if common["classes"] else None,
     }
 
 
-def _manifest(frame: dict[str, Any], statistics: Statistics, shards: list[dict[str, Any]], preprocess: PreprocessConfig) -> dict[str, Any]:
+def _manifest(
+    frame: dict[str, Any], statistics: Statistics, shards: list[dict[str, Any]], preprocess: PreprocessConfig
+) -> dict[str, Any]:
     limits = {"acoustic": preprocess.acoustic.max_frames, "visual": preprocess.visual.max_frames}
     manifest: dict[str, Any] = {"schema": SCHEMA, "kind": "feature", "counts": statistics.counts}
     for name, limit in limits.items():
@@ -136,7 +169,9 @@ def _manifest(frame: dict[str, Any], statistics: Statistics, shards: list[dict[s
     return manifest | {"visual_emotion": frame["visual_emotion"], "preprocess": to_dict(preprocess), "shards": shards}
 
 
-def _tokenizer(text: TextConfig, before: dict[str, Any] | None, store: PartStore, names: list[str], fresh: Path) -> dict[str, Any] | None:
+def _tokenizer(
+    text: TextConfig, before: dict[str, Any] | None, store: PartStore, names: list[str], fresh: Path
+) -> dict[str, Any] | None:
     """Build the tokenizer, or keep the one of the corpus before: models were trained on its token ids."""
     if not text.tokenizer:
         return None
@@ -149,7 +184,9 @@ def _tokenizer(text: TextConfig, before: dict[str, Any] | None, store: PartStore
     return vocabulary.build(texts, text, fresh / vocabulary.FOLDER)
 
 
-def _write_ledger(sources: list[Source], heads: dict[str, Head], store: PartStore, dropped: dict[str, Counter[str]]) -> None:
+def _write_ledger(
+    sources: list[Source], heads: dict[str, Head], store: PartStore, dropped: dict[str, Counter[str]]
+) -> None:
     rows = []
     for item in sources:
         row = heads[item.name].row

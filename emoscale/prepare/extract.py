@@ -16,8 +16,16 @@ import numpy as np
 from emoscale.batch import Utterance
 from emoscale.config import DataError, from_mapping
 from emoscale.prepare import media, subtitles
+from emoscale.prepare.container import Media, probe, subtitle_packets
 from emoscale.prepare.faces import FacesConfig, Track, find_tracks, make_detector
-from emoscale.prepare.features import AcousticConfig, AcousticEncoder, VisualConfig, VisualEncoder, make_acoustic, make_visual
+from emoscale.prepare.features import (
+    AcousticConfig,
+    AcousticEncoder,
+    VisualConfig,
+    VisualEncoder,
+    make_acoustic,
+    make_visual,
+)
 from emoscale.prepare.sources import FEATURES, Row, Source, read_features
 from emoscale.prepare.speakers import SpeakersConfig, choose_speaker
 from emoscale.prepare.subtitles import Cue, SubtitleConfig
@@ -86,15 +94,25 @@ class Extractor:
             folder: where its `teacher/` lies.
         """
         config = from_mapping(PreprocessConfig, manifest["preprocess"], "preprocess")
-        if manifest["acoustic"]["encoder"]["name"] == PRECOMPUTED or manifest["visual"]["encoder"]["name"] == PRECOMPUTED:
-            raise DataError(f"{folder}: this corpus was made from features computed elsewhere; media cannot be turned into the same ones")
+        if (
+            manifest["acoustic"]["encoder"]["name"] == PRECOMPUTED
+            or manifest["visual"]["encoder"]["name"] == PRECOMPUTED
+        ):
+            raise DataError(
+                f"{folder}: its features were computed elsewhere; media cannot be turned into the same ones"
+            )
         teacher = folder / TEACHER_FOLDER
         if manifest["visual_emotion"] is not None and not teacher.is_dir():
-            raise DataError(f"{teacher}: the expression teacher of this corpus is missing; copy it from the prepared corpus")
+            raise DataError(
+                f"{teacher}: the expression teacher of this corpus is missing; copy it from the prepared corpus"
+            )
         extractor = cls(config, teacher if teacher.is_dir() else None)
         for modality, encoder in (("acoustic", extractor.acoustic), ("visual", extractor.visual)):
             if encoder.width != manifest[modality]["width"]:
-                raise DataError(f"{folder}: the {modality} encoder {encoder.name} gives {encoder.width} values, the corpus has {manifest[modality]['width']}")
+                raise DataError(
+                    f"{folder}: the {modality} encoder {encoder.name} gives {encoder.width} values, "
+                    f"the corpus has {manifest[modality]['width']}"
+                )
         return extractor
 
     @functools.cached_property
@@ -111,8 +129,16 @@ class Extractor:
         """Say what the manifest states about the encoders."""
         voice, face = self.acoustic, self.visual
         return {
-            "acoustic": {"encoder": {"name": voice.name, "revision": voice.revision}, "width": voice.width, "frame_s": voice.frame_s},
-            "visual": {"encoder": {"name": face.name, "revision": face.revision}, "width": face.width, "frame_s": 1 / self.config.faces.fps},
+            "acoustic": {
+                "encoder": {"name": voice.name, "revision": voice.revision},
+                "width": voice.width,
+                "frame_s": voice.frame_s,
+            },
+            "visual": {
+                "encoder": {"name": face.name, "revision": face.revision},
+                "width": face.width,
+                "frame_s": 1 / self.config.faces.fps,
+            },
             "classes": list(face.classes),
         }
 
@@ -142,14 +168,23 @@ class Extractor:
                 continue
             kept.append(utterance)
             notes.update(_missing(utterance))
-        row: dict[str, Any] = {"path": source.shown, "status": "done", "reason": None, "utterances": len(kept), "notes": dict(sorted(notes.items()))}
+        row: dict[str, Any] = {
+            "path": source.shown,
+            "status": "done",
+            "reason": None,
+            "utterances": len(kept),
+            "notes": dict(sorted(notes.items())),
+        }
         if broken:
             row["notes"] |= {"not_finite": len(broken), "not_finite_ids": broken[:100]}
         return kept, row
 
     def _drafts(self, source: Source, reader: _Readers, notes: Counter[str]) -> list[_Draft]:
         if source.rows is not None:
-            return [_Draft(_from_row(source, number, row, reader.duration), row.features) for number, row in enumerate(source.rows)]
+            return [
+                _Draft(_from_row(source, number, row, reader.duration), row.features)
+                for number, row in enumerate(source.rows)
+            ]
         cues, origin = self._cues(source, reader)
         notes[f"cut_by_{origin}"] += 1
         cuts, short = subtitles.cut(cues, self.config.subtitles)
@@ -192,14 +227,21 @@ class Extractor:
             utterance.acoustic = self.acoustic.encode(wave)[: config.acoustic.max_frames]
         if reader.pictures is not None and "visual" not in given:
             utterance.visual, utterance.visual_emotion = self._face(utterance, end, wave, reader.pictures, notes)
-        for name, limit in zip(FEATURES, (config.acoustic.max_frames, config.visual.max_frames, config.visual.max_frames), strict=True):
+        for name, limit in zip(
+            FEATURES, (config.acoustic.max_frames, config.visual.max_frames, config.visual.max_frames), strict=True
+        ):
             if name in given:
-                with np.errstate(over="ignore"):  # what fp16 cannot hold becomes infinite, and the utterance is named and skipped
+                with np.errstate(
+                    over="ignore"
+                ):  # what fp16 cannot hold becomes infinite, and the utterance is named and skipped
                     setattr(utterance, name, given[name][:limit].astype(np.float16))
         if "visual" in given and "visual_emotion" not in given:
             utterance.visual_emotion = np.zeros((len(utterance.visual), 0), np.float16)
         if len(utterance.visual_emotion) != len(utterance.visual):
-            raise DataError(f"{utterance.id}: {len(utterance.visual)} face frames but {len(utterance.visual_emotion)} rows of visual_emotion")
+            raise DataError(
+                f"{utterance.id}: {len(utterance.visual)} face frames "
+                f"but {len(utterance.visual_emotion)} rows of visual_emotion"
+            )
 
     def _face(
         self, utterance: Utterance, end: float, wave: np.ndarray, pictures: media.FrameReader, notes: Counter[str]
@@ -226,24 +268,29 @@ class _Readers:
         self.sound: media.AudioReader | None = None
         self.pictures: media.FrameReader | None = None
         self.duration = math.inf
-        self._media: media.Media | None = None
+        self._media: Media | None = None
         if source.path is None:
             return
-        found = self._media = media.probe(source.path)
+        found = self._media = probe(source.path)
         self.duration = found.duration or math.inf
-        voiced = found if found.audio is not None or source.audio is None else media.probe(source.audio)
+        voiced = found if found.audio is not None or source.audio is None else probe(source.audio)
         if voiced.audio is not None:
             self.sound = stack.enter_context(media.AudioReader(voiced))
         if found.video is not None:
             config = extractor.config
-            self.pictures = media.open_frames(found, decoder=config.decoder, max_height=config.max_height, threads=extractor._threads)
+            self.pictures = media.open_frames(
+                found, decoder=config.decoder, max_height=config.max_height, threads=extractor._threads
+            )
             stack.callback(self.pictures.close)
 
     def embedded(self) -> Iterator[list[tuple[float, float, str]]]:
         """Give the cues of each text subtitle stream."""
         if self._media is not None:
             for index in self._media.subtitles:
-                yield [(start, end, text.decode("utf-8", "replace")) for start, end, text in media.subtitle_packets(self._media, index)]
+                yield [
+                    (start, end, text.decode("utf-8", "replace"))
+                    for start, end, text in subtitle_packets(self._media, index)
+                ]
 
 
 def _from_row(source: Source, number: int, row: Row, duration: float) -> Utterance:
@@ -261,7 +308,15 @@ def _from_row(source: Source, number: int, row: Row, duration: float) -> Utteran
 
 
 def _missing(utterance: Utterance) -> list[str]:
-    return [note for note, absent in (("no_text", not utterance.text), ("no_audio", not len(utterance.acoustic)), ("no_face", not len(utterance.visual))) if absent]
+    return [
+        note
+        for note, absent in (
+            ("no_text", not utterance.text),
+            ("no_audio", not len(utterance.acoustic)),
+            ("no_face", not len(utterance.visual)),
+        )
+        if absent
+    ]
 
 
 def _finite(utterance: Utterance) -> bool:

@@ -1,96 +1,36 @@
 """Read sound and pictures by time, in one forward pass over a file.
 
-Times are seconds from the start of the file as a player shows them (the container's own start time is subtracted), which is
-what subtitles count from. Nothing here counts frames: a file with a variable frame rate gives the frame shown at the time asked for.
+Times are seconds from the start of the file as a player shows them (the container's own start time is subtracted),
+which is what subtitles count from. Nothing here counts frames: a file with a variable frame rate gives the frame that is
+shown at the time asked for.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from emoscale.config import DataError, EmoscaleError
-
-try:
-    import av
-except ModuleNotFoundError as error:
-    raise EmoscaleError("reading media needs PyAV; pip install 'emoscale[prepare]'") from error
+from emoscale.config import DataError
+from emoscale.prepare.container import FFmpegError, Media, av, open_container, reason
 
 RATE = 16_000
 """Samples per second of all sound."""
-VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv".split())
-AUDIO_SUFFIXES = frozenset(".aac .ac3 .aif .aiff .flac .m4a .mp3 .oga .ogg .opus .wav .wma".split())
 SEEK_AHEAD_S = 10.0
-"""A gap longer than this is jumped over; a shorter one is cheaper to decode than to seek (key frames lie some seconds apart)."""
-TRUNCATED_S = 1.0
-"""A stream that ends this much before its declared end is cut off."""
+"""A longer gap is jumped over; a shorter one is cheaper to decode, for key frames lie some seconds apart."""
 MAX_BAD_PACKETS = 50
 """Packets of one stream that may fail to decode before the file counts as unreadable."""
-DECLARED_LENGTH = ("mov", "matroska", "avi", "wav", "flac")
-"""Containers whose header states the length, so that a missing end can be told; for the others FFmpeg measures what is there."""
-
 Decoder = Literal["auto", "torchcodec", "pyav"]
-
-
-@dataclass(frozen=True)
-class Media:
-    """What a file holds."""
-
-    path: Path
-    """The file."""
-    duration: float
-    """Length in seconds; 0 if unknown."""
-    origin: float
-    """Time stamp of the start of the file, seconds."""
-    video: int | None
-    """Index of the best video stream; cover pictures do not count."""
-    audio: int | None
-    """Index of the best audio stream."""
-    subtitles: tuple[int, ...]
-    """Indices of the embedded text subtitle streams."""
-
-
-def probe(path: Path) -> Media:
-    """Open a file and choose its streams.
-
-    Raises:
-        DataError: the file is empty, truncated, no media file, or has neither picture nor sound.
-    """
-    with _opened(path) as container:
-        streams = container.streams
-        pictures = [s for s in streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-        best = streams.best("video")
-        video = best if best in pictures else next(iter(pictures), None)
-        audio = streams.best("audio", related=video) if video is not None else streams.best("audio")
-        if video is None and audio is None:
-            raise DataError(f"{path}: holds neither pictures nor sound")
-        _check_end(container, [s for s in (video, audio) if s is not None], path)
-        text = [s.index for s in streams.subtitles if s.codec_context is not None and s.codec_context.name in TEXT_CODECS]
-        return Media(
-            path=path,
-            duration=(container.duration or 0) / av.time_base,
-            origin=(container.start_time or 0) / av.time_base,
-            video=None if video is None else video.index,
-            audio=None if audio is None else audio.index,
-            subtitles=tuple(text),
-        )
-
-
-TEXT_CODECS = frozenset("ass mov_text srt ssa subrip text ttml webvtt".split())
 
 
 class FrameReader(Protocol):
     """Gives pictures by time."""
 
     def at(self, times: Iterable[float]) -> Iterator[tuple[float, np.ndarray]]:
-        """Give (time, uint8 [h, w, 3] RGB) for each time at which the file shows a picture; cheapest when times increase."""
+        """Give (time, uint8 [h, w, 3] RGB) for each time at which there is a picture; cheapest when times increase."""
         ...
 
     def close(self) -> None:
@@ -102,16 +42,15 @@ class FrameReader(Protocol):
 def backend() -> tuple[str, str]:
     """Name the decoder of pictures that works on this machine, and why it is that one."""
     try:
-        import torchcodec.decoders
-        from torchcodec import _core
-
-        _core.get_ffmpeg_library_versions()
-        return "torchcodec", f"torchcodec {torchcodec.__version__} found the system's FFmpeg"
+        import torchcodec
     except ModuleNotFoundError:
         return "pyav", "torchcodec is not installed; PyAV brings its own FFmpeg"
-    except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        return "pyav", f"torchcodec does not load ({reason}); PyAV brings its own FFmpeg"
+    except (ImportError, RuntimeError, OSError) as error:  # releases before 0.17 look for FFmpeg when imported
+        return "pyav", f"torchcodec does not load ({str(error).strip().splitlines()[0]}); PyAV brings its own FFmpeg"
+    found = getattr(torchcodec, "ffmpeg_major_version", "of some version")
+    if found is None:
+        return "pyav", "torchcodec does not find the system's FFmpeg 4 to 9; PyAV brings its own"
+    return "torchcodec", f"torchcodec found the system's FFmpeg {found}"
 
 
 def open_frames(media: Media, *, decoder: Decoder = "auto", max_height: int = 0, threads: int = 0) -> FrameReader:
@@ -134,16 +73,21 @@ class _Stream:
         if index is None:
             raise ValueError(f"{media.path}: has no such stream")
         self.media = media
-        self._container: Any = _open(media.path)
-        self._stream: Any = self._container.streams[index]
+        self._index, self._threads, self._bad = index, threads, 0
+        self._open()
+
+    def _open(self) -> None:
+        self._container: Any = open_container(self.media.path)
+        self._stream: Any = self._container.streams[self._index]
         self._stream.thread_type = "AUTO"
-        self._stream.codec_context.thread_count = threads
-        self._bad = 0
+        self._stream.codec_context.thread_count = self._threads
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -152,7 +96,10 @@ class _Stream:
 
     def _seek(self, time: float) -> None:
         stamp = int((time + self.media.origin) / self._stream.time_base)
-        self._container.seek(stamp, stream=self._stream, backward=True)
+        try:
+            self._container.seek(stamp, stream=self._stream, backward=True)
+        except FFmpegError as error:
+            raise DataError(f"{self.media.path}: cannot be read from {time:.2f} s on ({reason(error)})") from error
 
     def _decoded(self) -> Iterator[Any]:
         """Decode from here to the end; a few broken packets are passed over, as a player does."""
@@ -163,11 +110,13 @@ class _Stream:
                 except av.error.InvalidDataError as error:
                     self._bad += 1
                     if self._bad > MAX_BAD_PACKETS:
-                        raise DataError(f"{self.media.path}: more than {MAX_BAD_PACKETS} packets do not decode ({error})") from error
-        except av.error.EOFError:
+                        raise DataError(
+                            f"{self.media.path}: more than {MAX_BAD_PACKETS} packets do not decode ({error})"
+                        ) from error
+        except EOFError:
             return
-        except av.error.FFmpegError as error:
-            raise DataError(f"{self.media.path}: stops being readable ({_reason(error)})") from error
+        except FFmpegError as error:
+            raise DataError(f"{self.media.path}: stops being readable ({reason(error)})") from error
 
 
 class PyavFrames(_Stream):
@@ -239,12 +188,14 @@ class TorchcodecFrames:
     """Pictures through torchcodec, which needs the system's FFmpeg."""
 
     def __init__(self, media: Media, max_height: int = 0) -> None:
-        from torchcodec.decoders import VideoDecoder
+        from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
 
         self.media = media
         self._max_height = max_height
         try:
-            self._decoder = VideoDecoder(str(media.path), stream_index=media.video, seek_mode="exact", dimension_order="NHWC")
+            self._decoder = VideoDecoder(
+                str(media.path), stream_index=media.video, seek_mode="exact", dimension_order="NHWC"
+            )
         except (RuntimeError, ValueError) as error:
             raise DataError(f"{media.path}: not readable ({str(error).splitlines()[0]})") from error
 
@@ -259,7 +210,9 @@ class TorchcodecFrames:
             try:
                 frame = self._decoder.get_frame_played_at(max(stamp, begin))
             except (RuntimeError, IndexError) as error:
-                raise DataError(f"{self.media.path}: stops being readable at {time:.2f} s ({str(error).splitlines()[0]})") from error
+                raise DataError(
+                    f"{self.media.path}: stops being readable at {time:.2f} s ({str(error).splitlines()[0]})"
+                ) from error
             yield time, self._scaled(frame.data.numpy())
 
     def close(self) -> None:
@@ -270,13 +223,15 @@ class TorchcodecFrames:
         if not self._max_height or image.shape[0] <= self._max_height:
             return image
         height, width = self._max_height, round(image.shape[1] * self._max_height / image.shape[0])
-        return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").to_ndarray(width=width, height=height)
+        return av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").to_ndarray(
+            width=width, height=height
+        )
 
 
 class AudioReader(_Stream):
     """Sound as 16 kHz mono, read forwards once for any number of utterances in the order of their starts.
 
-    Sound always goes through PyAV: it is a small part of the cost, and reading it in one pass needs the decoder's own packets.
+    Sound always goes through PyAV: it is a small part of the cost, and torchcodec cannot go on where it stopped.
     """
 
     def __init__(self, media: Media) -> None:
@@ -286,8 +241,9 @@ class AudioReader(_Stream):
     def between(self, start: float, end: float) -> np.ndarray:
         """Give float32 [samples] of [start, end) seconds; shorter, or empty, where the sound ends before."""
         first, last = round(max(start, 0.0) * RATE), round(max(end, 0.0) * RATE)
-        if first < self._first:
-            self._seek(0.0)
+        if first < self._first:  # opened anew: after a seek to the start, decoders give slightly other samples
+            self.close()
+            self._open()
             self._rewind()
         self._drop(first)
         while not self._ended and self._first + self._held < last:
@@ -337,7 +293,9 @@ class AudioReader(_Stream):
 
     def _append(self, frames: list[Any]) -> None:
         for frame in frames:
-            wave = frame.to_ndarray().mean(axis=0)  # FFmpeg's own mono would make a centred voice 3 dB louder than a mono file
+            wave = frame.to_ndarray().mean(
+                axis=0
+            )  # FFmpeg's own mono would make a centred voice 3 dB louder than a mono file
             cut = min(self._skip, len(wave))
             self._skip -= cut
             self._put(wave[cut:])
@@ -346,76 +304,3 @@ class AudioReader(_Stream):
         if len(wave):
             self._chunks.append(wave)
             self._held += len(wave)
-
-
-def subtitle_packets(media: Media, index: int) -> list[tuple[float, float, bytes]]:
-    """Give (start, end, text of the cue as FFmpeg decodes it) of an embedded text subtitle stream, in order of time."""
-    cues = []
-    with _opened(media.path) as container:
-        stream = container.streams[index]
-        for packet in container.demux(stream):
-            if packet.pts is None or not packet.duration:
-                continue
-            start = float(packet.pts * packet.time_base) - media.origin
-            for item in _texts(stream, packet):
-                cues.append((start, start + float(packet.duration * packet.time_base), item))
-    return sorted(cues, key=lambda cue: cue[:2])
-
-
-def _texts(stream: Any, packet: Any) -> list[bytes]:
-    shown = stream.codec_context.decode2(packet)
-    return [] if shown is None else [item.dialogue for item in shown if hasattr(item, "dialogue")]
-
-
-def _check_end(container: Any, streams: list[Any], path: Path) -> None:
-    """Refuse a file whose header promises more than the file holds."""
-    if not any(name in container.format.name.split(",") for name in DECLARED_LENGTH):
-        return
-    ends = []
-    for stream in streams:
-        length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
-        declared = float(length) + float((stream.start_time or 0) * stream.time_base)
-        ends.append((declared, _last_stamp(container, stream, declared), stream))
-    if not streams[0].duration:  # only the whole file's length is stated, and one of its streams may well be shorter
-        ends = [max(ends, key=lambda end: end[1])]
-    for declared, last, stream in ends:
-        if declared - last > TRUNCATED_S:
-            raise DataError(f"{path}: truncated: its {stream.type} ends at {max(last, 0):.1f} s of {declared:.1f} s")
-
-
-def _last_stamp(container: Any, stream: Any, declared: float) -> float:
-    last = 0.0
-    try:
-        container.seek(int(max(declared - 3.0, 0.0) / stream.time_base), stream=stream, backward=True)
-        for packet in container.demux(stream):
-            if packet.pts is not None:
-                last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-    except av.error.FFmpegError:
-        return last
-    return last
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    container = _open(path)
-    try:
-        yield container
-    except av.error.FFmpegError as error:
-        raise DataError(f"{path}: not readable ({_reason(error)})") from error
-    finally:
-        container.close()
-
-
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: is empty (0 bytes)")
-    try:
-        return av.open(str(path), metadata_errors="replace")
-    except av.error.FFmpegError as error:
-        raise DataError(f"{path}: not readable as media ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

@@ -1,7 +1,7 @@
 """What single inputs gave, kept until the corpus is assembled.
 
-Every input leaves one part under `.parts/`, written aside and renamed, so that a run killed at any moment loses at most the
-inputs it was working on.
+Every input leaves one part under `.parts/`, written aside and renamed, so that a run killed at any moment loses at most
+the inputs it was working on.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,9 @@ class Part:
     @property
     def head(self) -> Head:
         """All but the utterances."""
-        widths = {c: max((getattr(u, c).shape[1] for u in self.utterances if len(getattr(u, c))), default=0) for c in ARRAYS}
+        widths = {
+            c: max((getattr(u, c).shape[1] for u in self.utterances if len(getattr(u, c))), default=0) for c in ARRAYS
+        }
         return Head(self.key, self.row, self.encoders, widths)
 
 
@@ -94,7 +98,7 @@ class PartStore:
     def head(self, name: str) -> Head | None:
         """Read what is known of a part; None if there is none or it is damaged, which means: extract again."""
         try:
-            with np.load(self.path(name), allow_pickle=False) as stored:
+            with _opened(self.path(name)) as stored:
                 head = json.loads(stored["head"].tobytes())
         except DAMAGED:
             return None
@@ -108,13 +112,15 @@ class PartStore:
         """
         path = self.path(name)
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with _opened(path) as stored:
                 records = json.loads(stored["head"].tobytes())["records"]
-                columns = {c: _split(stored[c], stored[f"{c}.shapes"]) for c in ARRAYS}
+                columns: dict[str, Any] = {c: _split(stored[c], stored[f"{c}.shapes"]) for c in ARRAYS}
         except DAMAGED as error:
             path.unlink(missing_ok=True)
-            raise DataError(f"{path}: the part of {name} is damaged ({error}) and was removed; run `emoscale prepare` again") from error
-        return [Utterance(**record, **{c: columns[c][i] for c in ARRAYS}) for i, record in enumerate(records)]
+            raise DataError(
+                f"{path}: the part of {name} is damaged ({error}) and was removed; run `emoscale prepare` again"
+            ) from error
+        return [Utterance(**record | {c: columns[c][i] for c in ARRAYS}) for i, record in enumerate(records)]
 
     def clean(self) -> None:
         """Remove what killed writers left."""
@@ -122,6 +128,12 @@ class PartStore:
             owner = left.name.split(".")[-2]
             if not (owner.isdigit() and Path("/proc", owner).exists()):
                 left.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:  # np.load leaves a damaged file open
+        yield stored
 
 
 def _split(flat: np.ndarray, shapes: np.ndarray) -> list[np.ndarray]:

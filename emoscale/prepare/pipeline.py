@@ -102,7 +102,11 @@ class Summary:
 
     def table(self) -> str:
         """Give the final table as plain text."""
-        rows = [("extracted now", str(self.extracted)), ("extracted before", str(self.reused)), ("skipped", str(len(self.failures)))]
+        rows = [
+            ("extracted now", str(self.extracted)),
+            ("extracted before", str(self.reused)),
+            ("skipped", str(len(self.failures))),
+        ]
         rows += [(name.replace("_", " "), f"{count:,}") for name, count in self.counts.items()]
         rows += [(f"note: {name.replace('_', ' ')}", f"{count:,}") for name, count in self.notes.items()]
         width = max(len(name) for name, _ in rows)
@@ -116,7 +120,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
 
     Raises:
         ConfigError: the configuration cannot be run.
-        DataError: there is nothing to prepare, or more inputs than `max_failures` were skipped; everything else is written before.
+        DataError: there is nothing to prepare, or more inputs than `max_failures` were skipped (all else is written).
     """
     source, output = Path(config.source), Path(config.output)
     if config.render == "demo" and not (source.exists() and any(source.iterdir())):
@@ -133,15 +137,20 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
     if config.stage != "assemble":
         _extract(sources[config.task :: config.tasks], keys, config, store, teacher, progress, summary)
     heads = {item.name: head for item in sources if (head := store.head(item.name)) and head.key == keys[item.name]}
-    summary.failures = [(head.row["path"], head.row["reason"]) for head in heads.values() if head.row["status"] == "skipped"]
+    summary.failures = [
+        (head.row["path"], head.row["reason"]) for head in heads.values() if head.row["status"] == "skipped"
+    ]
     if config.stage != "extract":
-        manifest = assemble(sources, heads, store, config.preprocess, config.text, teacher, config.require, config.shard_bytes)
+        manifest = assemble(
+            sources, heads, store, config.preprocess, config.text, teacher, config.require, config.shard_bytes
+        )
         summary.counts, summary.generation = manifest["counts"], manifest["generation"]
         summary.notes = notes_of(summary.ledger)
     if len(summary.failures) > config.max_failures:
         path, reason = summary.failures[0]
         raise DataError(
-            f"{len(summary.failures)} of {len(sources)} inputs were skipped, max_failures is {config.max_failures}; first {path}: {reason} "
+            f"{len(summary.failures)} of {len(sources)} inputs were skipped, max_failures is {config.max_failures}; "
+            f"first {path}: {reason} "
             f"(all in {summary.ledger}; mend them and run again, only they are retried)"
         )
     return summary
@@ -159,24 +168,34 @@ def _teacher(config: PrepareConfig, output: Path, summary: Summary) -> Path | No
     if folder.is_dir():
         return folder
     if not config.teacher.stills:
-        summary.lines.append("no expression teacher: the visual-emotion objective will be off (set teacher.stills to a folder of labelled faces)")
+        summary.lines.append(
+            "no expression teacher: the visual-emotion objective will be off "
+            "(set teacher.stills to a folder of labelled faces)"
+        )
         return None
     stills = Path(config.teacher.stills)
     if not stills.is_dir():
         raise ConfigError(f"teacher.stills: {stills}, no such folder")
     if config.tasks > 1:
-        raise ConfigError("tasks: the jobs of an array would train different teachers; run once with stage=teacher before")
+        raise ConfigError(
+            "tasks: the jobs of an array would train different teachers; run once with stage=teacher before"
+        )
     aside = output / f".{TEACHER_FOLDER}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     metrics = train_teacher(stills, aside, config.teacher, config.preprocess.faces)
     aside.replace(folder)
-    summary.lines.append("expression teacher: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float)))
+    summary.lines.append(
+        "expression teacher: "
+        + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
+    )
     return folder
 
 
 def _keys(sources: list[Source], config: PrepareConfig, teacher: Path | None) -> dict[str, str]:
     """Hash, for each input, everything that decides what its part holds."""
-    common = json.dumps([SCHEMA, to_dict(config.preprocess), teacher_sha256(teacher) if teacher else None], sort_keys=True)
+    common = json.dumps(
+        [SCHEMA, to_dict(config.preprocess), teacher_sha256(teacher) if teacher else None], sort_keys=True
+    )
     return {item.name: hashlib.sha256(f"{common}\n{item.fingerprint()}".encode()).hexdigest() for item in sources}
 
 

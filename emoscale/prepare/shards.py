@@ -62,11 +62,22 @@ class Statistics:
 
 
 COUNTS = (
-    "utterances dialogues speakers files words acoustic_frames visual_frames without_text without_audio without_face".split()
+    "utterances",
+    "dialogues",
+    "speakers",
+    "files",
+    "words",
+    "acoustic_frames",
+    "visual_frames",
+    "without_text",
+    "without_audio",
+    "without_face",
 )
 
 
-def write_shards(utterances: Iterable[Utterance], widths: dict[str, int], folder: Path, shard_bytes: int) -> tuple[list[dict[str, Any]], Statistics]:
+def write_shards(
+    utterances: Iterable[Utterance], widths: dict[str, int], folder: Path, shard_bytes: int
+) -> tuple[list[dict[str, Any]], Statistics]:
     """Write utterances to MDS shards in the order given.
 
     Args:
@@ -88,7 +99,11 @@ def write_shards(utterances: Iterable[Utterance], widths: dict[str, int], folder
             writer.write(storable(utterance.record()))
     index = json.loads((folder / INDEX).read_text())
     shards = [
-        {"file": shard["raw_data"]["basename"], "sha256": shard["raw_data"]["hashes"]["sha256"], "utterances": shard["samples"]}
+        {
+            "file": shard["raw_data"]["basename"],
+            "sha256": shard["raw_data"]["hashes"]["sha256"],
+            "utterances": shard["samples"],
+        }
         for shard in index["shards"]
     ]
     return shards, statistics
@@ -101,17 +116,26 @@ def _fit(utterance: Utterance, widths: dict[str, int]) -> None:
         if not len(values):
             setattr(utterance, name, np.zeros((0, width), np.float16))
         elif values.shape[1] != width:
-            raise DataError(f"{utterance.id}: {name} has {values.shape[1]} values per frame, the corpus has {width}; use one encoder for all inputs")
+            raise DataError(
+                f"{utterance.id}: {name} has {values.shape[1]} values per frame, the corpus has {width}; "
+                "use one encoder for all inputs"
+            )
 
 
 def storable(record: dict[str, Any]) -> dict[str, Any]:
-    """Replace empty arrays, which MDS refuses, by zeros with a third axis, one row and one column more; `restored` undoes it."""
-    return {name: _padded(value) if isinstance(value, np.ndarray) and value.size == 0 else value for name, value in record.items()}
+    """Replace empty arrays, which MDS refuses, by zeros with a third axis and one more row and column."""
+    return {
+        name: _padded(value) if isinstance(value, np.ndarray) and value.size == 0 else value
+        for name, value in record.items()
+    }
 
 
 def restored(record: dict[str, Any]) -> dict[str, Any]:
     """Give a row read from a shard its empty arrays back."""
-    return {name: _unpadded(value) if isinstance(value, np.ndarray) and value.ndim == 3 else value for name, value in record.items()}
+    return {
+        name: _unpadded(value) if isinstance(value, np.ndarray) and value.ndim == 3 else value
+        for name, value in record.items()
+    }
 
 
 def _padded(empty: np.ndarray) -> np.ndarray:
@@ -165,7 +189,9 @@ def verify(folder: Path) -> dict[str, Any]:
     if tokenizer and _sha256(folder / tokenizer["folder"] / "tokenizer.json") != tokenizer["sha256"]:
         wrong.append(f"{tokenizer['folder']}/tokenizer.json is missing or changed")
     if wrong:
-        raise DataError(f"{folder}: {'; '.join(wrong)}; copy the corpus again, or run `emoscale prepare` to write it anew")
+        raise DataError(
+            f"{folder}: {'; '.join(wrong)}; copy the corpus again, or run `emoscale prepare` to write it anew"
+        )
     return manifest
 
 
@@ -173,7 +199,11 @@ def _shard_problem(folder: Path, shard: dict[str, Any]) -> str:
     found = _sha256(folder / shard["file"])
     if found is None:
         return f"{shard['file']} is missing"
-    return "" if found == shard["sha256"] else f"{shard['file']} has the hash {found[:12]}…, the manifest says {shard['sha256'][:12]}…"
+    return (
+        ""
+        if found == shard["sha256"]
+        else f"{shard['file']} has the hash {found[:12]}…, the manifest says {shard['sha256'][:12]}…"
+    )
 
 
 def _sha256(path: Path) -> str | None:

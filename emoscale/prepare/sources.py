@@ -16,11 +16,23 @@ from typing import Any
 import numpy as np
 
 from emoscale.config import DataError
-from emoscale.prepare.media import AUDIO_SUFFIXES, VIDEO_SUFFIXES
+from emoscale.prepare.container import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from emoscale.prepare.subtitles import SUFFIXES as SUBTITLE_SUFFIXES
 
 MANIFEST_SUFFIXES = (".csv", ".jsonl")
-COLUMNS = ("path", "start", "end", "text", "speaker", "dialogue", "label", "split", "acoustic", "visual", "visual_emotion")
+COLUMNS = (
+    "path",
+    "start",
+    "end",
+    "text",
+    "speaker",
+    "dialogue",
+    "label",
+    "split",
+    "acoustic",
+    "visual",
+    "visual_emotion",
+)
 FEATURES = ("acoustic", "visual", "visual_emotion")
 
 
@@ -43,7 +55,7 @@ class Row:
     label: dict[str, Any] = field(default_factory=dict)
     """Annotations, with `split` among them where the manifest names one."""
     features: dict[str, str] = field(default_factory=dict)
-    """References to arrays that take the place of extraction: `file.npy`, `file.npz:key`, `file.csv:3` or `file.csv:3-10`."""
+    """Arrays that take the place of extraction: `file.npy`, `file.npz:key`, `file.csv:3` or `file.csv:3-10`."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,15 @@ class Source:
 
     def fingerprint(self) -> str:
         """Give a hash that changes when one of its files or rows does, without reading the media."""
-        files = [self.path, self.audio, self.subtitles, *sorted({_file_of(ref) for row in self.rows or () for ref in row.features.values()})]
-        seen = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) if f and f.is_file() else (str(f), -1, -1) for f in files]
+        files = [
+            self.path,
+            self.audio,
+            self.subtitles,
+            *sorted({_file_of(ref) for row in self.rows or () for ref in row.features.values()}),
+        ]
+        seen = [
+            (str(f), f.stat().st_size, f.stat().st_mtime_ns) if f and f.is_file() else (str(f), -1, -1) for f in files
+        ]
         return hashlib.sha256(repr((self.name, seen, self.rows)).encode()).hexdigest()
 
 
@@ -94,7 +113,9 @@ def find(source: Path, language: str = "") -> list[Source]:
     else:
         raise DataError(f"{source}: no such folder or file")
     if not found:
-        raise DataError(f"{source}: holds no media file; looked for {' '.join(sorted(VIDEO_SUFFIXES | AUDIO_SUFFIXES))}")
+        raise DataError(
+            f"{source}: holds no media file; looked for {' '.join(sorted(VIDEO_SUFFIXES | AUDIO_SUFFIXES))}"
+        )
     return sorted(found, key=lambda item: item.name)
 
 
@@ -110,7 +131,11 @@ def _scan(folder: Path, language: str) -> Iterator[Source]:
 
 
 def _beside(path: Path) -> list[Path]:
-    return [other for other in sorted(path.parent.glob("*")) if other != path and other.stem == path.stem and other.suffix.lower() in AUDIO_SUFFIXES]
+    return [
+        other
+        for other in sorted(path.parent.glob("*"))
+        if other != path and other.stem == path.stem and other.suffix.lower() in AUDIO_SUFFIXES
+    ]
 
 
 def _one(name: str, files: list[Path], language: str) -> Source:
@@ -126,10 +151,23 @@ def _one(name: str, files: list[Path], language: str) -> Source:
 
 def _subtitles(media: Path, language: str) -> Path | None:
     """Choose `film.srt`, else `film.<language>.srt`; a wanted language goes first."""
-    near = [f for f in sorted(media.parent.glob("*")) if f.suffix.lower() in SUBTITLE_SUFFIXES and f.name.startswith(media.stem + ".")]
+    near = [
+        f
+        for f in sorted(media.parent.glob("*"))
+        if f.suffix.lower() in SUBTITLE_SUFFIXES and f.name.startswith(media.stem + ".")
+    ]
     tagged = {f: f.name[len(media.stem) + 1 : -len(f.suffix)].strip(".") for f in near}
     tagged = {f: tag for f, tag in tagged.items() if len(tag) <= 8 and "." not in tag}
-    order = sorted(tagged, key=lambda f: (tagged[f] != language if language else tagged[f] != "", tagged[f] != "", SUBTITLE_SUFFIXES.index(f.suffix.lower()), f.name))
+    order = sorted(
+        tagged,
+        key=lambda f: (
+            tagged[f] != language,
+            tagged[f] != "",
+            tagged[f],
+            SUBTITLE_SUFFIXES.index(f.suffix.lower()),
+            f.name,
+        ),
+    )
     return order[0] if order else None
 
 
@@ -140,22 +178,23 @@ def _from_manifest(path: Path) -> list[Source]:
     for where, row in _rows(path):
         media = _inside(base, row["path"], where) if row.get("path") else None
         item = _row(row, base, where)
-        if media is not None:
-            name = _name_of(media, base)
-        else:
-            name = item.dialogue or path.stem
+        name = _name_of(media, base) if media is not None else item.dialogue or path.stem
         talk = item.dialogue or name
         groups.setdefault((name, media), []).append(replace(item, index=spoken[talk]))
         spoken[talk] += 1
     found = [_listed(name, media, tuple(rows)) for (name, media), rows in groups.items()]
     twice = next((name for name, count in Counter(item.name for item in found).items() if count > 1), None)
     if twice is not None:
-        raise DataError(f"{path}: {twice!r} names two inputs that differ only in their suffix, or a file and a dialogue; rename one")
+        raise DataError(
+            f"{path}: {twice!r} names two inputs that differ only in their suffix, or a file and a dialogue; rename one"
+        )
     return found
 
 
 def _listed(name: str, media: Path | None, rows: tuple[Row, ...]) -> Source:
-    sound = next((f for f in _beside(media) if media.suffix.lower() in VIDEO_SUFFIXES), None) if media is not None else None
+    sound = (
+        next((f for f in _beside(media) if media.suffix.lower() in VIDEO_SUFFIXES), None) if media is not None else None
+    )
     return Source(name, media, sound, None, rows)
 
 
@@ -167,7 +206,10 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not set(reader.fieldnames or ()) & set(COLUMNS):
                 raise DataError(f"{path}: its first line names none of the columns {', '.join(COLUMNS)}")
             for number, row in enumerate(reader, start=2):
-                yield f"{path}, line {number}", {key: value for key, value in row.items() if key and value not in (None, "")}
+                yield (
+                    f"{path}, line {number}",
+                    {key: value for key, value in row.items() if key and value not in (None, "")},
+                )
             return
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -240,7 +282,9 @@ def _inside(base: Path, text: str, where: str) -> Path:
         if depth < 0:
             raise DataError(f"{where}: {text} leaves the folder {base}; write it as an absolute path if that is meant")
     if not (base / path).resolve().is_relative_to(base.resolve()):
-        raise DataError(f"{where}: {text} leaves the folder {base} through a link; write it as an absolute path if that is meant")
+        raise DataError(
+            f"{where}: {text} leaves the folder {base} through a link; write it as an absolute path if that is meant"
+        )
     return base / path
 
 
@@ -287,7 +331,9 @@ def _from_numpy(file: str, key: str) -> np.ndarray:
         if not key and len(loaded) == 1:
             key = next(iter(loaded))
         if key not in loaded:
-            raise DataError(f"{file}: has no array {key!r}; write file.npz:key with one of {', '.join(sorted(loaded)[:8])}")
+            raise DataError(
+                f"{file}: has no array {key!r}; write file.npz:key with one of {', '.join(sorted(loaded)[:8])}"
+            )
         loaded = loaded[key]
     return loaded.astype(np.float32)
 
@@ -302,7 +348,9 @@ def _from_table(file: str, part: str) -> np.ndarray:
     table = _table(file)
     first, _, last = part.partition("-")
     if not first.isdigit() or (last and not last.isdigit()):
-        raise DataError(f"{file}:{part}: write file.csv:3 for one row or file.csv:3-10 for several, counted from 0 below the header")
+        raise DataError(
+            f"{file}:{part}: write file.csv:3 for one row or file.csv:3-10 for several, counted from 0 below the header"
+        )
     begin, end = int(first), int(last or first)
     if not begin <= end < len(table):
         raise DataError(f"{file}:{part}: the file has rows 0 to {len(table) - 1}")
@@ -319,7 +367,10 @@ def _table(file: str) -> np.ndarray:
     if not rows:
         return np.zeros((0, 0), np.float32)
     wanted = [i for i, cell in enumerate(rows[0]) if _is_number(cell)]
-    return np.array([[float(row[i]) if i < len(row) and _is_number(row[i]) else math.nan for i in wanted] for row in rows], np.float32)
+    return np.array(
+        [[float(row[i]) if i < len(row) and _is_number(row[i]) else math.nan for i in wanted] for row in rows],
+        np.float32,
+    )
 
 
 def _is_number(cell: str) -> bool:

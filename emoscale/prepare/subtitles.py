@@ -28,7 +28,7 @@ class SubtitleConfig:
     dialogue_gap: float = 8.0
     """Silence that starts a new dialogue, seconds."""
     keep_after_break: bool = False
-    """Keep only the text after the first line break of a cue: for bilingual subtitles that have the wanted language below."""
+    """Keep only what follows the first line break of a cue: for bilingual subtitles with the wanted language below."""
     language: str = ""
     """Subtitle file to take when several lie beside a film, such as `en` for `film.en.srt`; empty takes the first."""
     vad_threshold: float = 0.5
@@ -86,7 +86,9 @@ def read(path: Path, config: SubtitleConfig) -> list[Cue]:
     try:
         parsed = pysubs2.SSAFile.from_string(text)
     except (pysubs2.exceptions.Pysubs2Error, ValueError, IndexError, KeyError) as error:
-        raise DataError(f"{path}: not readable as subtitles ({' '.join(str(error).split())[:120] or type(error).__name__})") from error
+        raise DataError(
+            f"{path}: not readable as subtitles ({' '.join(str(error).split())[:120] or type(error).__name__})"
+        ) from error
     events = [event for event in parsed if not event.is_comment and not event.is_drawing]
     if not events:
         raise DataError(f"{path}: holds no cue; delete it if the film has no subtitles")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-from emoscale.config import EmoscaleError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 FOLDER = "tokenizer"
@@ -19,7 +18,7 @@ class TextConfig:
     """Whether the corpus brings its own tokenizer."""
 
     tokenizer: Literal["", "build"] = "build"
-    """`build` trains a lower-cased WordPiece on the corpus' text; empty leaves it to training to name a Hugging Face tokenizer."""
+    """`build` trains a lower-cased WordPiece on the corpus' text; empty: training names a Hugging Face tokenizer."""
     vocab_size: int = 8000
     """Largest number of tokens, with the five special ones."""
     always: list[str] = field(default_factory=list)
@@ -31,7 +30,9 @@ class TextConfig:
         if wrong is not None:
             raise ValueError(f"always: {wrong!r}, must be single words of letters and digits")
         if self.vocab_size < len(SPECIAL) + len(self.always) + 100:
-            raise ValueError(f"vocab_size: {self.vocab_size}, must leave room for at least 100 pieces beside special and always words")
+            raise ValueError(
+                f"vocab_size: {self.vocab_size}, must leave room for 100 pieces beside special and always words"
+            )
 
 
 def build(texts: Iterable[str], config: TextConfig, folder: Path) -> dict[str, Any]:
@@ -40,21 +41,10 @@ def build(texts: Iterable[str], config: TextConfig, folder: Path) -> dict[str, A
     Returns:
         The `tokenizer` entry of the manifest.
     """
-    try:
-        from transformers import BertTokenizerFast
-    except ModuleNotFoundError as error:
-        raise EmoscaleError("building a tokenizer needs transformers; pip install emoscale") from error
-    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
 
-    trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(
-        iter(texts), vocab_size=config.vocab_size, min_frequency=2, special_tokens=list(SPECIAL), show_progress=False
-    )
-    pieces = [piece for piece, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1])]
-    always = list(dict.fromkeys(trained.normalize(word) for word in config.always))
-    others = [piece for piece in pieces if piece not in always][: config.vocab_size - len(always)]
-    pieces = others + always
     folder.mkdir(parents=True)
+    pieces = _pieces(texts, config)
     (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
     BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), do_lower_case=True).save_pretrained(str(folder))
     return {
@@ -63,6 +53,37 @@ def build(texts: Iterable[str], config: TextConfig, folder: Path) -> dict[str, A
         "vocab_size": len(pieces),
         "config": settings(config),
     }
+
+
+def _pieces(texts: Iterable[str], config: TextConfig) -> list[str]:
+    """List the vocabulary.
+
+    The library's own WordPiece trainer gives another vocabulary at every call (it numbers pieces in the order of a hash map);
+    its BPE trainer does not. So the merges come from BPE, and each piece is then entered as it is used: at the start of words,
+    inside them, or both.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    normal, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normal.normalize_str(text)))
+    tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size, min_frequency=2, limit_alphabet=1000, show_progress=False
+    )
+    tokenizer.train_from_iterator((word for word, count in sorted(words.items()) for _ in range(count)), trainer)
+    letters = {piece for piece in tokenizer.get_vocab() if len(piece) == 1}
+    used: Counter[str] = Counter()
+    for word, count in words.items():
+        first, *others = tokenizer.encode(word).tokens or [""]
+        if first + "".join(others) == word:  # else it holds a letter too rare for the alphabet
+            used[first] += count
+            for piece in others:
+                used[f"##{piece}"] += count
+    always = list(dict.fromkeys(normal.normalize_str(word) for word in config.always))
+    needed = [*SPECIAL, *sorted(letters), *(f"##{letter}" for letter in sorted(letters))]
+    ranked = sorted(used, key=lambda piece: (-used[piece], piece))
+    pieces = dict.fromkeys([*needed, *ranked])
+    return [piece for piece in pieces if piece not in always][: config.vocab_size - len(always)] + always
 
 
 def settings(config: TextConfig) -> dict[str, Any]:
