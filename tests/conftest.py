@@ -1,0 +1,55 @@
+"""What all tests share: the seed, skips with their reason, and the list of what was NOT RUN."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.services import is_required, missing
+
+NOT_RUN = "NOT RUN: "
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Start every test from the same random state, whatever ran before it."""
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Give the folder of real sample media, which is not part of the repository."""
+    folder = Path(os.environ.get("EMOSCALE_SHARED", ROOT.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no real media: {folder}/data is absent (name its parent with EMOSCALE_SHARED)")
+    return folder
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+    for mark in item.iter_markers("service"):
+        reason = missing(mark.args[0])
+        if reason and is_required(mark.args[0]):
+            pytest.fail(f"{reason}, and EMOSCALE_REQUIRE names {mark.args[0]}", pytrace=False)
+        if reason:
+            pytest.skip(f"{NOT_RUN}{reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if NOT_RUN in reason:
+            terminalreporter.write_line(f"{NOT_RUN}{report.nodeid} ({reason.split(NOT_RUN, 1)[1]})")
