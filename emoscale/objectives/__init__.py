@@ -1,0 +1,19 @@
+"""Pre-training objectives: one file each and one line here."""
+
+from __future__ import annotations
+
+from emoscale.objectives.base import Objective, Sizes
+from emoscale.objectives.masked_acoustic import MaskedAcoustic
+from emoscale.objectives.masked_text import MaskedText
+from emoscale.objectives.masked_visual import MaskedVisual
+from emoscale.objectives.model import PretrainModel, encode
+from emoscale.objectives.visual_emotion import VisualEmotion
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "masked_text": MaskedText,
+    "masked_acoustic": MaskedAcoustic,
+    "masked_visual": MaskedVisual,
+    "visual_emotion": VisualEmotion,
+}
+
+__all__ = ["OBJECTIVES", "Objective", "PretrainModel", "Sizes", "encode"]

@@ -1,0 +1,165 @@
+"""From utterances to packed micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from emoscale.batch import Batch, Targets, Utterance
+from emoscale.data.masking import MaskingPlan, MaskSpec, Sizes
+from emoscale.data.tokens import Features, TextEncoder, Tokens
+
+
+@dataclass
+class Encoded:
+    """One utterance ready to be packed."""
+
+    sizes: Sizes
+    tokens: Tokens
+    visual: np.ndarray
+    acoustic: np.ndarray
+    emotion: np.ndarray
+    label: int = -1
+    prompt: int = -1
+    """Position of the prompt's [MASK] in the text, -1 without a prompt."""
+
+    @property
+    def length(self) -> int:
+        """Tokens it takes in the packed tensor."""
+        return len(self.tokens.ids) + len(self.visual) + len(self.acoustic)
+
+
+class Encoder:
+    """Turns stored utterances into `Encoded` ones: tokenised, cut, normalised.
+
+    Args:
+        text: tokenizer with its limits.
+        visual, acoustic: widths, caps and constants of the corpus' manifest.
+        classes: expression classes of the teacher; 0 = no teacher.
+    """
+
+    def __init__(self, text: TextEncoder, visual: Features, acoustic: Features, classes: int) -> None:
+        self.text, self.visual, self.acoustic, self.classes = text, visual, acoustic, classes
+
+    def __call__(self, utterance: Utterance, turn: int = 0) -> Encoded | None:
+        """Encode one utterance; None where a feature is not finite (the caller names and counts it)."""
+        if not all(np.isfinite(frames).all() for frames in (utterance.visual, utterance.acoustic, utterance.visual_emotion)):
+            return None
+        tokens = self.text(utterance.text)
+        visual, acoustic = self.visual(utterance.visual, utterance), self.acoustic(utterance.acoustic, utterance)
+        emotion = utterance.visual_emotion[: len(visual)].astype(np.float32)
+        if emotion.shape != (len(visual), self.classes):
+            emotion = np.zeros((len(visual), self.classes), np.float32)
+        words = int(tokens.words.max(initial=-1)) + 1
+        return Encoded(Sizes(utterance.id, turn, words, len(visual), len(acoustic)), tokens, visual, acoustic, emotion)
+
+
+def split(items: list[Encoded], max_tokens: int) -> list[list[Encoded]]:
+    """Cut a rank's share of a global batch into micro-batches of at most `max_tokens`, like lengths together."""
+    bins: list[list[Encoded]] = []
+    filled = max_tokens + 1
+    for item in sorted(items, key=lambda item: (item.length, item.sizes.id)):
+        if filled + item.length > max_tokens:
+            bins.append([])
+            filled = 0
+        bins[-1].append(item)
+        filled += item.length
+    return bins
+
+
+def pack(items: list[Encoded], *, plan: MaskingPlan | None = None, encoder: TextEncoder | None = None, step: int = 0) -> Batch:
+    """Pack utterances behind one another, withhold what the plan says, and list what each objective must predict."""
+    sizes = [item.sizes for item in items]
+    tasks: list[MaskSpec | None] = plan.assign(sizes, step) if plan is not None else [None] * len(items)
+    lengths = np.array([item.length for item in items], np.int64)
+    starts = np.cumsum(lengths) - lengths
+    text_lengths = np.array([len(item.tokens.ids) for item in items], np.int64)
+    visual_lengths = np.array([len(item.visual) for item in items], np.int64)
+    acoustic_lengths = np.array([len(item.acoustic) for item in items], np.int64)
+    text_rows, text_positions = _rows(starts, text_lengths)
+    visual_rows, visual_positions = _rows(starts + text_lengths, visual_lengths)
+    acoustic_rows, acoustic_positions = _rows(starts + text_lengths + visual_lengths, acoustic_lengths)
+    text = np.concatenate([item.tokens.ids for item in items])
+    masks = {"visual": np.zeros(len(visual_rows), bool), "acoustic": np.zeros(len(acoustic_rows), bool)}
+    targets: dict[str, Targets] = {}
+    for spec in plan.specs if plan is not None else []:
+        members = [i for i, task in enumerate(tasks) if task is spec]
+        if spec.modality == "text":
+            assert encoder is not None
+            places, wanted = _mask_text(items, members, text, text_lengths, plan, encoder, spec)
+            rows = text_rows[places]
+        else:
+            of_modality, rows_of = (visual_lengths, visual_rows) if spec.modality == "visual" else (acoustic_lengths, acoustic_rows)
+            wanted = _mask_frames(sizes, members, of_modality, masks[spec.modality], plan, spec)
+            rows = rows_of[wanted]
+        targets[spec.name] = Targets(torch.from_numpy(rows), torch.from_numpy(wanted))
+    return Batch(
+        ids=[item.id for item in sizes],
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        text=torch.from_numpy(text),
+        text_rows=torch.from_numpy(text_rows),
+        text_positions=torch.from_numpy(text_positions),
+        visual=torch.from_numpy(np.concatenate([item.visual for item in items])),
+        visual_rows=torch.from_numpy(visual_rows),
+        visual_positions=torch.from_numpy(visual_positions),
+        visual_masked=torch.from_numpy(masks["visual"]),
+        visual_emotion=torch.from_numpy(np.concatenate([item.emotion for item in items])),
+        acoustic=torch.from_numpy(np.concatenate([item.acoustic for item in items])),
+        acoustic_rows=torch.from_numpy(acoustic_rows),
+        acoustic_positions=torch.from_numpy(acoustic_positions),
+        acoustic_masked=torch.from_numpy(masks["acoustic"]),
+        targets=targets | _prompts(items, text_rows, text_lengths),
+        labels=torch.tensor([item.label for item in items], dtype=torch.int64),
+    )
+
+
+def _rows(firsts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give (packed rows, positions within each utterance) of stretches that start at `firsts`."""
+    positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return np.repeat(firsts, lengths) + positions, positions
+
+
+def _mask_text(
+    items: list[Encoded],
+    members: list[int],
+    text: np.ndarray,
+    lengths: np.ndarray,
+    plan: MaskingPlan,
+    encoder: TextEncoder,
+    spec: MaskSpec,
+) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.cumsum(lengths) - lengths
+    places, wanted = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for i in members:
+        shown, positions = plan.words(items[i].sizes, items[i].tokens, encoder, spec)
+        text[offsets[i] : offsets[i] + lengths[i]] = shown
+        places.append(offsets[i] + positions)
+        wanted.append(items[i].tokens.ids[positions])
+    return np.concatenate(places), np.concatenate(wanted)
+
+
+def _mask_frames(
+    sizes: list[Sizes], members: list[int], lengths: np.ndarray, masked: np.ndarray, plan: MaskingPlan, spec: MaskSpec
+) -> np.ndarray:
+    if not members:
+        return np.zeros(0, np.int64)
+    chosen, _ = _rows((np.cumsum(lengths) - lengths)[members], lengths[members])
+    withheld = chosen[plan.frames([sizes[i] for i in members], spec)]
+    masked[withheld] = True
+    return withheld
+
+
+def _prompts(items: list[Encoded], text_rows: np.ndarray, lengths: np.ndarray) -> dict[str, Targets]:
+    if all(item.prompt < 0 for item in items):
+        return {}
+    places = np.cumsum(lengths) - lengths + np.array([item.prompt for item in items])
+    return {"prompt": Targets(torch.from_numpy(text_rows[places]), torch.tensor([item.label for item in items]))}
+
+
+def utterance_or_none(utterance: Utterance, encoder: Encoder, turn: int) -> Encoded | None:
+    """Encode an utterance that has anything to learn from; None otherwise."""
+    item = encoder(utterance, turn)
+    return item if item is not None and item.sizes.words + item.sizes.visual + item.sizes.acoustic > 0 else None

@@ -1,0 +1,75 @@
+"""The training sequence: step number in, this rank's micro-batches out, in any world and with any number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from emoscale.batch import Batch
+from emoscale.data.collate import Encoder, pack, split, utterance_or_none
+from emoscale.data.masking import MaskingPlan
+from emoscale.data.streams import Order, Utterances
+
+
+@dataclass
+class StepData:
+    """One rank's share of a global batch."""
+
+    step: int
+    batches: list[Batch]
+    skipped: list[str]
+    """Utterances whose features are not finite, or that hold nothing at all."""
+
+    def pin_memory(self) -> StepData:
+        """Page-lock the tensors (a DataLoader calls this)."""
+        return StepData(self.step, [batch.pin_memory() for batch in self.batches], self.skipped)
+
+
+class Steps(Dataset[StepData]):
+    """Map-style: item s is what this rank does at step s, a pure function of the seed, the corpus and s.
+
+    That is all the state a loader has, so a resume is a start at another number.
+
+    Args:
+        corpus: the utterances.
+        order: which utterance stands where.
+        encoder: tokenises and normalises.
+        plan: what is withheld.
+        global_batch: utterances per optimizer step over all ranks.
+        max_tokens: packed tokens per micro-batch at most.
+        rank, world: this process' place.
+    """
+
+    def __init__(
+        self, corpus: Utterances, order: Order, encoder: Encoder, plan: MaskingPlan, *, global_batch: int, max_tokens: int, rank: int, world: int
+    ) -> None:
+        self.corpus, self.order, self.encoder, self.plan = corpus, order, encoder, plan
+        self.global_batch, self.max_tokens, self.rank, self.world = global_batch, max_tokens, rank, world
+
+    def __getitem__(self, step: int) -> StepData:
+        items, skipped = [], []
+        for place in range(step * self.global_batch + self.rank, (step + 1) * self.global_batch, self.world):
+            turn, number = self.order.at(place)
+            utterance = self.corpus[number]
+            item = utterance_or_none(utterance, self.encoder, turn)
+            if item is None:
+                skipped.append(utterance.id)
+            else:
+                items.append(item)
+        batches = [pack(part, plan=self.plan, encoder=self.encoder.text, step=step) for part in split(items, self.max_tokens)]
+        return StepData(step, batches, skipped)
+
+    def iterate(self, first: int, last: int, *, workers: int = 0) -> Iterator[StepData]:
+        """Give the steps first … last − 1 in order, read ahead by worker processes."""
+        loader = DataLoader(
+            self, batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=torch.cuda.is_available(),
+            prefetch_factor=2 if workers else None, worker_init_fn=_one_thread,
+        )
+        return iter(loader)
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

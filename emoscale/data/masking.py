@@ -1,0 +1,121 @@
+"""The masking plan: which objective an utterance serves, and which of its words or frames are withheld.
+
+Decided on the host from lengths and a counter-based stream keyed by (seed, pass, utterance id), so it does not depend on
+rank, world size, worker count, batch layout or restarts, and every count is known without asking the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from emoscale.data.tokens import SPECIAL, TextEncoder, Tokens
+from emoscale.kernels import span_mask
+from emoscale.kernels.philox import WORD, key_of, philox
+
+KEEP_AS_MASK, REPLACE = 0.8, 0.9
+"""Of the chosen words, 80 % become [MASK], the next 10 % random pieces, the rest stay (Devlin et al. 2019, §3.1)."""
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """What one objective withholds."""
+
+    name: str
+    """Name of the objective."""
+    modality: Literal["text", "visual", "acoustic"]
+    """The one modality it withholds from (conditional masking)."""
+    mix: float = 1.0
+    """Relative share of utterances that serve it."""
+    ratio: float = 0.15
+    """Share of words or frames withheld, in (0, 1]."""
+    span: int = 3
+    """Frames per span; 1 = single frames."""
+    whole_word: bool = True
+    """Text only: withhold all pieces of a word together."""
+
+
+@dataclass
+class Sizes:
+    """What the plan may know of an utterance."""
+
+    id: str
+    turn: int
+    """Pass over the corpus."""
+    words: int
+    visual: int
+    acoustic: int
+
+    def of(self, modality: str) -> int:
+        """Units that can be withheld in a modality."""
+        return self.words if modality == "text" else getattr(self, modality)
+
+
+class MaskingPlan:
+    """Draws the objective of each utterance and what is withheld for it.
+
+    Args:
+        specs: the objectives, in a fixed order.
+        seed: stream of the run.
+        per_step: one objective for all utterances of a step (as in MEmoBERT's code) instead of one for each.
+    """
+
+    def __init__(self, specs: list[MaskSpec], seed: int, *, per_step: bool = False) -> None:
+        self.specs = specs
+        self.seed = seed
+        self.per_step = per_step
+
+    def assign(self, items: list[Sizes], step: int) -> list[MaskSpec | None]:
+        """Give each utterance the objective it serves: drawn by `mix` among those whose modality it has.
+
+        With `per_step`, an utterance that lacks the drawn modality serves none.
+        """
+        keys = [key_of("step", step) if self.per_step else key_of("task", item.turn, item.id) for item in items]
+        draws = uniform(np.array(keys, np.int64), self.seed)
+        return [self._pick(item, float(draw)) for item, draw in zip(items, draws, strict=True)]
+
+    def frames(self, items: list[Sizes], spec: MaskSpec) -> np.ndarray:
+        """Give bool over the frames of these utterances, behind one another: True = withheld."""
+        lengths = torch.tensor([item.of(spec.modality) for item in items], dtype=torch.int64)
+        keys = torch.tensor([key_of(spec.modality, item.turn, item.id) for item in items], dtype=torch.int64)
+        return span_mask(lengths, keys=keys, seed=self.seed, span=spec.span, ratio=spec.ratio).numpy()
+
+    def words(self, item: Sizes, tokens: Tokens, encoder: TextEncoder, spec: MaskSpec) -> tuple[np.ndarray, np.ndarray]:
+        """Give (token ids as the model sees them, positions to predict) for one text; at least one word is withheld."""
+        units = tokens.words if spec.whole_word else np.where(tokens.words == SPECIAL, SPECIAL, np.arange(len(tokens.words)))
+        names = np.unique(units[units != SPECIAL])
+        count = max(1, int(np.floor(spec.ratio * len(names) + 0.5)))
+        key = key_of("text", item.turn, item.id)
+        order, action, *_ = self._stream(names, key, 0)
+        chosen = np.argsort(order, kind="stable")[:count]
+        fate = dict(zip(names[chosen].tolist(), (action[chosen] / (WORD + 1)).tolist(), strict=True))
+        positions = np.flatnonzero(np.isin(units, names[chosen]))
+        fates = np.array([fate[unit] for unit in units[positions].tolist()])
+        random, *_ = self._stream(positions, key, 1)
+        shown = tokens.ids.copy()
+        substitutes = encoder.replacements[random % len(encoder.replacements)]
+        shown[positions] = np.where(fates < KEEP_AS_MASK, encoder.mask, np.where(fates < REPLACE, substitutes, shown[positions]))
+        return shown, positions
+
+    def _pick(self, item: Sizes, draw: float) -> MaskSpec | None:
+        open_to = [spec for spec in self.specs if self.per_step or item.of(spec.modality) > 0]
+        total = sum(spec.mix for spec in open_to)
+        for spec in open_to:
+            draw -= spec.mix / total
+            if draw < 0:
+                return spec if item.of(spec.modality) > 0 else None
+        return open_to[-1] if open_to and item.of(open_to[-1].modality) > 0 else None
+
+    def _stream(self, counters: np.ndarray, key: int, purpose: int) -> tuple[np.ndarray, ...]:
+        zero = np.zeros_like(counters)
+        return philox(counters.astype(np.int64), zero + (key & WORD), zero + ((key >> 32) & WORD), zero + purpose, self.seed)
+
+
+def uniform(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Give one number in [0, 1) per int64 key."""
+    zero = np.zeros_like(keys)
+    word, *_ = philox(zero, keys & WORD, (keys >> 32) & WORD, zero, seed)
+    return word / float(WORD + 1)

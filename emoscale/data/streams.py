@@ -1,0 +1,193 @@
+"""Reading prepared corpora: every record by its number, every shard checked, nothing dropped in silence.
+
+MDS is the format and `streaming` reads it. Its `StreamingDataset` ends an epoch early and normally at a bad or missing shard
+and lets forked workers share one connection, so the order, the resume position and the check of every shard are ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from emoscale.batch import COLUMNS, Utterance
+from emoscale.config import DataError
+from emoscale.kernels.philox import key_of
+
+SCHEMA = 1
+
+
+class Utterances(Protocol):
+    """A finite, numbered collection of utterances."""
+
+    manifest: dict[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Utterance: ...
+
+
+class Corpus:
+    """One prepared corpus on disk, read at random by utterance number.
+
+    A shard is hashed once, when it is first opened in a process.
+
+    Raises:
+        DataError: the folder is no corpus, its schema is another, or a shard is missing or damaged (named, with the remedy).
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        index = _read_json(self.folder / "index.json")
+        self._shards: list[dict[str, Any]] = index["shards"]
+        self._firsts = np.cumsum([0, *(shard["samples"] for shard in self._shards)])
+        self._readers: dict[int, Any] = {}
+        known = self.manifest["counts"]["utterances"]
+        if known != len(self):
+            raise DataError(f"{self.folder}: index.json counts {len(self)} utterances, manifest.json {known}; run `emoscale prepare` again")
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def __getitem__(self, number: int) -> Utterance:
+        shard = bisect_right(self._firsts, number) - 1
+        reader = self._readers.get(shard) or self._open(shard)
+        return Utterance.from_record(reader.get_item(int(number - self._firsts[shard])))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open readers behind: each worker opens its own."""
+        return self.__dict__ | {"_readers": {}}
+
+    def _open(self, shard: int) -> Any:
+        from streaming.base.format.mds.reader import MDSReader
+
+        entry = self._shards[shard]
+        unsafe = [name for name in entry["column_encodings"] if name.startswith("pkl")]
+        if unsafe or not set(COLUMNS) <= set(entry["column_names"]):
+            raise DataError(f"{self.folder}: shard columns {entry['column_names']} are not an utterance's; prepare the corpus again")
+        self._verify(entry["raw_data"])
+        self._readers[shard] = MDSReader.from_json(str(self.folder), None, entry)
+        return self._readers[shard]
+
+    def _verify(self, entry: dict[str, Any]) -> None:
+        path = self.folder / entry["basename"]
+        remedy = "copy it from its source, or delete it and run `emoscale prepare` again"
+        if path.parent.resolve() != self.folder.resolve():
+            raise DataError(f"{self.folder}: index.json names {entry['basename']!r}, which lies outside the corpus")
+        if not path.is_file():
+            raise DataError(f"{path}: shard is missing; {remedy}")
+        wanted = entry["hashes"].get("sha256")
+        if wanted is None:
+            raise DataError(f"{path}: index.json holds no sha256 for this shard; prepare the corpus again")
+        if file_sha256(path) != wanted:
+            raise DataError(f"{path}: shard is damaged (its sha256 is not the one in index.json); {remedy}")
+
+
+class Joined:
+    """Several corpora behind one numbering; they must come from the same encoders."""
+
+    def __init__(self, parts: list[Corpus]) -> None:
+        self.parts = parts
+        self.manifest = parts[0].manifest
+        self._firsts = np.cumsum([0, *(len(part) for part in parts)])
+        for part in parts[1:]:
+            for key in ("acoustic", "visual"):
+                mine, other = ({k: m[key][k] for k in ("encoder", "width")} for m in (self.manifest, part.manifest))
+                if mine != other:
+                    raise DataError(f"{part.folder}: {key} features are {other}, those of {parts[0].folder} are {mine}; prepare both alike")
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def __getitem__(self, number: int) -> Utterance:
+        part = bisect_right(self._firsts, number) - 1
+        return self.parts[part][int(number - self._firsts[part])]
+
+
+class Shuffled:
+    """A control corpus: text, face and voice of each utterance come from three different utterances, always the same three."""
+
+    def __init__(self, source: Utterances, seed: int) -> None:
+        self.source = source
+        self.manifest = source.manifest
+        self._visual = _permutation(len(source), seed, "shuffle-visual")
+        self._acoustic = _permutation(len(source), seed, "shuffle-acoustic")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, number: int) -> Utterance:
+        utterance = self.source[number]
+        face, voice = self.source[int(self._visual[number])], self.source[int(self._acoustic[number])]
+        utterance.visual, utterance.visual_emotion = face.visual, face.visual_emotion
+        utterance.acoustic = voice.acoustic
+        return utterance
+
+
+class Order:
+    """Which utterance stands at which place of the endless training sequence.
+
+    Place p belongs to pass p // n; within a pass every utterance comes exactly once. Utterances are shuffled within blocks of
+    whole shards' worth of neighbours, blocks among each other, so that reading stays local. The order depends on the seed
+    alone: any world, worker count or restart reads the same sequence.
+    """
+
+    def __init__(self, count: int, seed: int, block: int = 1 << 16) -> None:
+        if count < 1:
+            raise DataError("the corpus holds no utterance; look at its ledger.jsonl")
+        self.count, self.seed, self.block = count, seed, block
+
+    def at(self, place: int) -> tuple[int, int]:
+        """Give (pass, utterance number) at a place."""
+        turn, within = divmod(place, self.count)
+        blocks = -(-self.count // self.block)
+        chosen = _permutation(blocks, self.seed, f"blocks-{turn}")
+        # Only the last block is short, so places before it in the shuffled order shift by what it lacks.
+        short, at_end = blocks * self.block - self.count, int(np.flatnonzero(chosen == blocks - 1)[0])
+        slot, offset = divmod(within, self.block)
+        if within >= (at_end + 1) * self.block - short:
+            slot, offset = divmod(within + short, self.block)
+        block = int(chosen[slot])
+        size = min(self.block, self.count - block * self.block)
+        return turn, block * self.block + int(_permutation(size, self.seed, f"block-{turn}-{block}")[offset])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check a corpus' manifest.
+
+    Raises:
+        DataError: it is missing, unreadable or of another schema.
+    """
+    manifest = _read_json(folder / "manifest.json")
+    if manifest.get("schema") != SCHEMA:
+        raise DataError(f"{folder}: manifest schema is {manifest.get('schema')!r}, this version reads {SCHEMA}; prepare the corpus again")
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(f"{path}: not found; is {path.parent} a corpus that `emoscale prepare` has finished?")
+    try:
+        content = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); prepare the corpus again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}, an object was expected; prepare the corpus again")
+    return content
+
+
+@lru_cache(maxsize=32)
+def _permutation(count: int, seed: int, purpose: str) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=key_of(seed, purpose))).permutation(count)

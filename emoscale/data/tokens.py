@@ -1,0 +1,96 @@
+"""From an utterance to token ids, with whole words kept together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emoscale.batch import Utterance
+from emoscale.config import ConfigError, DataError
+
+SPECIAL = -1
+
+
+@dataclass
+class Tokens:
+    """One tokenised text with [CLS] in front and [SEP] behind."""
+
+    ids: np.ndarray
+    """int64 [w]"""
+    words: np.ndarray
+    """int64 [w]: number of the whitespace word each piece belongs to; -1 for special tokens, which are never masked."""
+
+
+class TextEncoder:
+    """A Hugging Face tokenizer with the limits of this system.
+
+    Args:
+        tokenizer: a fast tokenizer with [CLS], [SEP] and [MASK].
+        max_tokens: word pieces kept per utterance, without [CLS] and [SEP].
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.cls, self.sep, self.mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
+        if None in (self.cls, self.sep, self.mask):
+            raise ConfigError("data.tokenizer: this tokenizer lacks [CLS], [SEP] or [MASK]; give a BERT-like one")
+        special = set(tokenizer.all_special_ids)
+        self.replacements = np.array([i for i in range(len(tokenizer)) if i not in special], dtype=np.int64)
+
+    def __call__(self, text: str) -> Tokens:
+        """Tokenise one text; a word is a whitespace chunk with its punctuation, as in MEmoBERT."""
+        encoded = self.tokenizer(text.split(), is_split_into_words=True, add_special_tokens=False, verbose=False)
+        ids, words = encoded["input_ids"][: self.max_tokens], encoded.word_ids()[: self.max_tokens]
+        return Tokens(np.array([self.cls, *ids, self.sep], np.int64), np.array([SPECIAL, *words, SPECIAL], np.int64))
+
+
+def load_tokenizer(name: str, corpus: Path | None) -> Any:
+    """Load a tokenizer by Hugging Face id or folder; empty = the one that stands in the corpus.
+
+    Raises:
+        ConfigError: there is none, or it is not a fast one (whole words cannot be told apart).
+    """
+    from transformers import AutoTokenizer
+
+    source = name or (str(corpus / "tokenizer") if corpus is not None and (corpus / "tokenizer").is_dir() else "")
+    if not source:
+        raise ConfigError(f"data.tokenizer: {corpus} holds no tokenizer; name one, such as data.tokenizer=bert-base-uncased")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.tokenizer: {source} cannot be loaded ({str(error).splitlines()[0]})") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"data.tokenizer: {source} is a slow tokenizer; give one with a tokenizer.json")
+    return tokenizer
+
+
+@dataclass
+class Features:
+    """How many frames of a modality are used, and the constants that normalise them."""
+
+    width: int
+    max_frames: int
+    mean: np.ndarray
+    std: np.ndarray
+
+    @classmethod
+    def from_manifest(cls, section: dict[str, Any], max_frames: int = 0) -> Features:
+        """Read a manifest's `visual` or `acoustic` section; `max_frames` 0 = as prepared."""
+        mean, std = np.asarray(section["mean"], np.float32), np.asarray(section["std"], np.float32)
+        return cls(int(section["width"]), max_frames or int(section["max_frames"]), mean, np.where(std > 0, std, 1.0).astype(np.float32))
+
+    def __call__(self, frames: np.ndarray, utterance: Utterance) -> np.ndarray:
+        """Give the first frames as normalised float32 [T, D].
+
+        Raises:
+            DataError: the width is not the manifest's.
+        """
+        if frames.size == 0:
+            return np.zeros((0, self.width), np.float32)
+        if frames.ndim != 2 or frames.shape[1] != self.width:
+            raise DataError(f"{utterance.id}: features of shape {frames.shape}, the manifest says [T, {self.width}]; prepare the corpus again")
+        return (frames[: self.max_frames].astype(np.float32) - self.mean) / self.std

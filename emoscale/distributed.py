@@ -1,0 +1,126 @@
+"""Ranks from torchrun, SLURM or DeepSpeed variables, and the few collectives the package needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from emoscale.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all processes of the run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes logs, metrics and checkpoints."""
+        return self.rank == 0
+
+
+def world_from(environment: Mapping[str, str]) -> World:
+    """Read the rank from torchrun's or DeepSpeed's variables, else SLURM's, else take one process.
+
+    Raises:
+        ConfigError: variables contradict each other.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        rank, size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+        local_rank = int(environment.get("LOCAL_RANK", 0))
+        local_size = int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", size)))
+    elif int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+        rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
+        local_rank = int(environment["SLURM_LOCALID"])
+        local_size = int(environment.get("SLURM_NTASKS_PER_NODE") or environment["SLURM_TASKS_PER_NODE"].split("(")[0].split(",")[0])
+    else:
+        return World()
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        raise ConfigError(f"rank {rank} of {size}, local rank {local_rank} of {local_size}: the launcher's variables contradict each other")
+    return World(rank, size, local_rank, local_size)
+
+
+def init() -> World:
+    """Fill every launcher variable that libraries read, and join the process group (also alone: one code path).
+
+    `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE` are all set before any dataset or engine exists, because streaming
+    reads only these four, and DeepSpeed imports mpi4py where one is missing.
+    """
+    import torch
+    import torch.distributed as dist
+
+    world = world_from(os.environ)
+    values = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank, "LOCAL_WORLD_SIZE": world.local_size}
+    os.environ.update({name: str(value) for name, value in values.items()})
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(world.local_rank)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        store = None
+        if world.size == 1 and "MASTER_PORT" not in os.environ:
+            store = dist.HashStore()
+            os.environ["MASTER_PORT"] = "29500"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", rank=world.rank, world_size=world.size, timeout=TIMEOUT, store=store,
+            init_method=None if store is not None else "env://",
+        )
+    return world
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """Give this rank's device."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def reduce_sum(values: list[float]) -> list[float]:
+    """Sum each number over all ranks (float64, so counts stay exact)."""
+    return _reduce(values, "SUM")
+
+
+def reduce_max(values: list[float]) -> list[float]:
+    """Give the largest of each number over all ranks."""
+    return _reduce(values, "MAX")
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def _reduce(values: list[float], operation: str) -> list[float]:
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1 or not values:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor.tolist()

@@ -1,0 +1,41 @@
+"""Prediction of a frozen expression teacher's distribution at withheld face frames."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from emoscale.batch import Batch
+from emoscale.kernels import masked_kl
+from emoscale.models.embedders import LAYER_NORM_EPS
+from emoscale.models.unified import UnifiedTransformer, initialise
+from emoscale.objectives.base import Objective, Sizes
+
+
+class VisualEmotion(Objective):
+    """KL divergence from the teacher's expression probabilities, per withheld frame.
+
+    Source: MEmoBERT (Zhao et al. 2022) §2.2, SpanMVFC-KL. The released code averages over the classes too, which divides
+    the loss by their number; the divergence itself is the default here (`weight: 0.125` gives theirs for 8 classes).
+    """
+
+    modality = "visual"
+
+    def __init__(self, config: Any, backbone: UnifiedTransformer, sizes: Sizes) -> None:
+        super().__init__(config, backbone, sizes)
+        self.transform = nn.Linear(backbone.width, backbone.width)
+        self.norm = nn.LayerNorm(backbone.width, eps=LAYER_NORM_EPS)
+        self.classify = nn.Linear(backbone.width, sizes.expressions)
+        self.apply(initialise)
+
+    def forward(
+        self, hidden: Float[Tensor, "m d"], values: Int[Tensor, " m"], batch: Batch, backbone: UnifiedTransformer
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """See `Objective.forward`; `values` are rows of `batch.visual_emotion`."""
+        logits = self.classify(self.norm(functional.gelu(self.transform(hidden))))
+        loss, _ = masked_kl(logits, batch.visual_emotion, values)
+        truth = batch.visual_emotion.index_select(0, values)
+        return loss, {"agreement": (logits.argmax(-1) == truth.argmax(-1)).sum()}

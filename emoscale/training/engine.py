@@ -1,0 +1,280 @@
+"""DeepSpeed, and the only file that imports it: a step that is the same for every ZeRO stage and world.
+
+Every default of DeepSpeed that has moved between releases is set here explicitly.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from emoscale import distributed
+from emoscale.config import EmoscaleError
+
+NO_CLIPPING = 1e30
+"""Stands for "off": the norm is still measured, nothing is scaled."""
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+
+
+@dataclass
+class OptimConfig:
+    """AdamW (or SGD, for tests of equality) with warm-up and decay."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer."""
+    lr: float = 5e-5
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    """AdamW's decay of the first and second moment."""
+    eps: float = 1e-6
+    """AdamW's term against division by zero."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; never on biases, LayerNorms and single vectors."""
+    clip: float = 5.0
+    """Global gradient norm above which gradients are scaled down; 0 = never."""
+    warmup: int = 4000
+    """Steps of linear warm-up."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after warm-up, to 0 at `run.steps`."""
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        if self.lr <= 0 or self.clip < 0 or self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError(f"lr: lr={self.lr}, clip={self.clip}, warmup={self.warmup}, weight_decay={self.weight_decay}; none may be negative, lr is > 0")
+
+
+@dataclass
+class ZeroConfig:
+    """How DeepSpeed shards the training state."""
+
+    stage: int = 1
+    """0 none · 1 optimizer state · 2 and gradients · 3 and parameters."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory (CUDA only)."""
+    offload_parameters: bool = False
+    """Keep parameters in host memory (CUDA only, stage 3)."""
+    bucket: int = 50_000_000
+    """Elements reduced at once."""
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        if self.stage not in (0, 1, 2, 3):
+            raise ValueError(f"stage: {self.stage} is not 0, 1, 2 or 3")
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError(f"offload_parameters: needs stage 3, stage is {self.stage}")
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    applied: bool
+    """False where gradients were not finite: weights and moments are as before."""
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    Args:
+        model: the module; its forward returns the loss first.
+        optim, zero: see their dataclasses.
+        precision: `bf16` keeps fp32 master weights.
+    """
+
+    def __init__(self, model: nn.Module, optim: OptimConfig, zero: ZeroConfig, precision: Literal["fp32", "bf16"]) -> None:
+        deepspeed = _import_deepspeed()
+        if (zero.offload_optimizer or zero.offload_parameters) and not torch.cuda.is_available():
+            raise EmoscaleError("zero.offload_*: offloading moves state from a GPU to the host, and there is no GPU; leave it off")
+        self.stage = zero.stage
+        self.config = _deepspeed_config(optim, zero, precision)
+        self.plain = zero.stage == 0 and precision == "fp32"
+        self.moments = MOMENTS[optim.name]
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=_optimizer(model, optim), config=self.config, dist_init_required=False)
+        self.module: nn.Module = self.engine.module
+        self._make_moments()
+        if self.plain:
+            self._base().register_step_pre_hook(_measure_norm)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Run the model."""
+        return self.engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients; one call per micro-batch."""
+        self.engine.backward(loss)
+
+    def step(self, lr: float) -> StepResult:
+        """Update the weights, unless a gradient is not finite (on any rank: then no rank updates)."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.plain and not self._finite():
+            self.engine.zero_grad()
+            return StepResult(math.nan, False)
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        return StepResult(norm, bool(self.engine.was_step_applied()))
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Give the trained parameters with their names, in a fixed order."""
+        for name, value in self.module.named_parameters():
+            if value.requires_grad:
+                yield name, value
+
+    def full_weight(self, value: nn.Parameter) -> Tensor:
+        """Give one parameter's fp32 master weight, whole, on the host (collective: every rank must call)."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = value.detach() if self.plain else safe_get_full_fp32_param(value)
+        return full.detach().float().cpu().clone()
+
+    def full_moment(self, value: nn.Parameter, key: str) -> Tensor:
+        """Give one optimizer moment of a parameter, whole, on the host (collective)."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        full = self._base().state[value][key] if self.plain else safe_get_full_optimizer_state(value, key)
+        return full.detach().float().cpu().clone()
+
+    def full_gradient(self, value: nn.Parameter) -> Tensor:
+        """Give one parameter's gradient after backward, averaged over ranks, whole, on the host (collective)."""
+        from deepspeed.utils import safe_get_full_grad
+
+        full = value.grad if self.plain else safe_get_full_grad(value)
+        return full.detach().float().cpu().clone()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        """Give (weights, moments, optimizer step) by parameter name, whole: they depend on neither world nor ZeRO stage."""
+        weights = {name: self.full_weight(value) for name, value in self.parameters()}
+        moments = {f"{name}.{key}": self.full_moment(value, key) for name, value in self.parameters() for key in self.moments}
+        return weights, moments, self._steps_taken()
+
+    def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
+        """Put back what `state` gave, in any world and at any ZeRO stage."""
+        for name, value in self.parameters():
+            self._write(value, weights[name], None)
+            for key in self.moments:
+                self._write(value, moments[f"{name}.{key}"], key)
+        for entry in self._base().state.values():
+            if "step" in entry:
+                entry["step"].fill_(steps)
+
+    def _write(self, value: nn.Parameter, full: Tensor, key: str | None) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        full = full.to(distributed.device())
+        if self.plain:
+            (value.data if key is None else self._base().state[value][key]).copy_(full)
+        elif self.stage == 3:
+            self._write_part(value, full, key)
+        elif key is None:
+            safe_set_full_fp32_param(value, full)
+            value.data.copy_(full)
+        else:
+            safe_set_full_optimizer_state(value, full, key)
+
+    def _write_part(self, value: Any, full: Tensor, key: str | None) -> None:
+        """Set this rank's part of a ZeRO-3 parameter; DeepSpeed's own setter of whole values fails where ranks do not divide it."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = safe_get_local_fp32_param(value).numel()
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        part = nn.functional.pad(full.flatten(), (0, size * ranks - full.numel())).narrow(0, size * rank, size)
+        if key is None:
+            safe_set_local_fp32_param(value, part)
+            value.ds_tensor.data.copy_(part)
+        else:
+            safe_set_local_optimizer_state(value, part, key)
+
+    def _make_moments(self) -> None:
+        """Give every partition its moments now: DeepSpeed links them to parameters once, after the first group's first step,
+        when the other groups have none yet, and restoring a checkpoint needs them before any step."""
+        partitions = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)
+        if partitions is None:
+            partitions = [value for group in self._base().param_groups for value in group["params"]]
+        for value in partitions if self.moments else ():
+            self._base().state[value] = {"step": torch.zeros(())} | {key: torch.zeros_like(value) for key in self.moments}
+        link = getattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None and self.moments:
+            link()
+
+    def _steps_taken(self) -> int:
+        return max((int(entry["step"]) for entry in self._base().state.values() if "step" in entry), default=0)
+
+    def _base(self) -> torch.optim.Optimizer:
+        """Give torch's optimizer below DeepSpeed's."""
+        return self.engine.optimizer if self.plain else self.engine.optimizer.optimizer
+
+    def _finite(self) -> bool:
+        grads = [value.grad for _, value in self.parameters() if value.grad is not None]
+        local = torch.stack([grad.abs().max() for grad in grads if grad.numel()]).isfinite().all() if grads else torch.tensor(True)
+        return distributed.reduce_max([0.0 if bool(local) else 1.0])[0] == 0.0
+
+
+def _deepspeed_config(optim: OptimConfig, zero: ZeroConfig, precision: str) -> dict[str, Any]:
+    stage: dict[str, Any] = {
+        "stage": zero.stage,
+        "overlap_comm": torch.cuda.is_available() and zero.stage == 2,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "round_robin_gradients": False,
+        "reduce_bucket_size": zero.bucket,
+        "allgather_bucket_size": zero.bucket,
+        "stage3_param_persistence_threshold": 10_000,
+        "stage3_prefetch_bucket_size": zero.bucket,
+        "stage3_max_live_parameters": 1_000_000_000,
+    }
+    if zero.offload_optimizer:
+        stage["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if zero.offload_parameters:
+        stage["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # The number of micro-batches follows the tokens of each step, so the caller owns the boundary.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": optim.clip or NO_CLIPPING,
+        "zero_optimization": stage,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True} if precision == "bf16" else {"enabled": False},
+        "fp16": {"enabled": False},
+        "prescale_gradients": False,
+        "steps_per_print": sys.maxsize,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _measure_norm(optimizer: Any, *_: Any) -> None:
+    """Leave the norm of the reduced gradients where DeepSpeed looks for it; without ZeRO it measures none in fp32."""
+    grads = [value.grad for group in optimizer.param_groups for value in group["params"] if value.grad is not None]
+    optimizer._global_grad_norm = nn.utils.get_total_norm(grads)
+
+
+def _optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    decayed, kept = [v for _, v in trained if v.ndim > 1], [v for _, v in trained if v.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=torch.cuda.is_available())
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed with its banner lines off; what matters reaches the log through errors."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)
+    return deepspeed

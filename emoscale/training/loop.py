@@ -1,0 +1,131 @@
+"""The training loop: one for every system, every world and every ZeRO stage."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from emoscale import distributed
+from emoscale.config import EmoscaleError
+from emoscale.data.loader import StepData
+from emoscale.training.engine import Engine
+
+log = logging.getLogger("emoscale")
+MIN_COUNT = 1.0
+
+
+@dataclass
+class Hooks:
+    """What happens around the steps."""
+
+    learning_rate: Callable[[int], float]
+    track: Callable[[dict[str, Any]], None]
+    save: Callable[[int], None]
+    preempted: Callable[[], str]
+    """Name of a signal this rank has received, or empty."""
+
+
+@dataclass
+class Result:
+    """How a run of the loop ended."""
+
+    step: int
+    finished: bool
+    reason: str
+
+
+def train(
+    engine: Engine, steps: Iterator[StepData], objectives: list[str], hooks: Hooks, *, first: int, last: int, log_every: int, save_every: int,
+    max_nonfinite: int,
+) -> Result:
+    """Run the steps first … last − 1.
+
+    The loss is the mean over all masked units of the global batch: counts are summed over ranks before backward, so world
+    size and accumulation change nothing.
+
+    Raises:
+        EmoscaleError: gradients were not finite for `max_nonfinite` steps in a row (the utterances are named).
+    """
+    device, in_a_row, asked = distributed.device(), 0, time.perf_counter()
+    ranks = torch.distributed.get_world_size()
+    for data in steps:
+        ready = time.perf_counter()
+        counts = _global_counts(data, objectives)
+        micro_batches = int(distributed.reduce_max([float(len(data.batches))])[0])
+        scales = {name: ranks / max(counts[name], MIN_COUNT) for name in objectives}
+        sums: dict[str, torch.Tensor] = {}
+        for i in range(micro_batches):
+            batch = data.batches[i] if i < len(data.batches) else data.batches[0].without_targets()
+            loss, parts = engine.forward(batch.to(device), scales)
+            engine.backward(loss)
+            for name, value in parts.items():
+                sums[name] = sums[name] + value if name in sums else value
+        lr = hooks.learning_rate(data.step)
+        outcome = engine.step(lr)
+        done = data.step + 1
+        in_a_row = 0 if outcome.applied else in_a_row + 1
+        if not outcome.applied:
+            _report_nonfinite(data, in_a_row, max_nonfinite)
+        if done % log_every == 0 or done == last or not outcome.applied:
+            row = _row(data, sums, counts, engine, lr, outcome.grad_norm, outcome.applied, ready - asked, time.perf_counter() - asked)
+            hooks.track(row)
+        asked = time.perf_counter()
+        signal = distributed.reduce_max([1.0 if hooks.preempted() else 0.0])[0] > 0
+        if done % save_every == 0 or done == last or signal:
+            hooks.save(done)
+        if signal:
+            return Result(done, done == last, f"a signal ({hooks.preempted() or 'on another rank'})")
+    return Result(last, True, "all steps done")
+
+
+def _global_counts(data: StepData, objectives: list[str]) -> dict[str, float]:
+    local = [float(sum(batch.targets[name].count for batch in data.batches)) for name in objectives]
+    return dict(zip(objectives, distributed.reduce_sum(local), strict=True))
+
+
+def _row(
+    data: StepData, sums: dict[str, torch.Tensor], counts: dict[str, float], engine: Engine, lr: float, grad_norm: float, applied: bool,
+    waited: float, took: float,
+) -> dict[str, Any]:
+    """Reduce what one logged step has summed, to one flat row (collective)."""
+    names = sorted(sums)
+    local = [float(sums[name]) for name in names]
+    extra = [float(sum(batch.utterances for batch in data.batches)), float(sum(batch.tokens for batch in data.batches)), float(len(data.skipped))]
+    *totals, utterances, tokens, skipped = distributed.reduce_sum([*local, *extra])
+    waited, took = distributed.reduce_max([waited, took])
+    means = {name: total / max(counts[name.split("/")[0]], MIN_COUNT) for name, total in zip(names, totals, strict=True)}
+    losses = {name: value for name, value in means.items() if "/" not in name}
+    weights: dict[str, float] = engine.module.weights  # type: ignore[assignment]  # a PretrainModel always has them
+    row: dict[str, Any] = {
+        "step": data.step + 1,
+        "loss": sum(weights[name] * value for name, value in losses.items()),
+        "lr": lr,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "utterances": int(utterances),
+        "tokens": int(tokens),
+        "skipped": int(skipped),
+        "applied": applied,
+        "step_time_s": took,
+        "data_wait_s": waited,
+        "utterances_per_s": utterances / took,
+    }
+    row |= {f"loss/{name}": value for name, value in losses.items()} | {name: value for name, value in means.items() if "/" in name}
+    if torch.cuda.is_available():
+        row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+
+def _report_nonfinite(data: StepData, in_a_row: int, limit: int) -> None:
+    names = [name for batch in data.batches for name in batch.ids]
+    log.error("step %d skipped: gradients are not finite (%d in a row); utterances of this rank: %s", data.step + 1, in_a_row, ", ".join(names))
+    if in_a_row >= limit:
+        raise EmoscaleError(
+            f"gradients were not finite for {in_a_row} steps in a row (run.max_nonfinite={limit}); the utterances are in train.log; "
+            "lower optim.lr, or look at these utterances"
+        )
