@@ -43,7 +43,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from emoscale.config import ConfigError
+from emoscale.config import ConfigError, validate
 
 from . import script
 
@@ -101,12 +101,12 @@ class DemoConfig:
 
 
 def render(folder: Path, config: DemoConfig) -> None:
-    """Render the corpus into a folder; what an interrupted render left complete is kept.
+    """Render the corpus into a folder; what an interrupted render left complete is kept, a complete corpus is left alone.
 
     Raises:
         ConfigError: the folder holds a corpus of another version or configuration.
     """
-    config.validate()
+    validate(config)
     wanted = {
         "version": DEMO_VERSION,
         "config": {key: value for key, value in asdict(config).items() if key != "processes"},

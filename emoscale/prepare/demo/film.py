@@ -196,7 +196,8 @@ def encode(path: Path, scene: Scene, track: np.ndarray, fps: float) -> None:
         audio.bit_rate = SOUND_BITS
         whole = av.AudioFrame.from_ndarray(np.ascontiguousarray(track[None]), format="fltp", layout="mono")
         whole.sample_rate, whole.pts = voice.RATE, 0
-        heard = [*audio.encode(whole), *audio.encode(None)][::-1]
+        packets = [*audio.encode(whole), *audio.encode(None)]
+        heard = [(float((packet.pts or 0) * (packet.time_base or 1)), packet) for packet in reversed(packets)]
         for number in range(len(scene) + 1):
             frame = None
             if number < len(scene):
@@ -204,8 +205,8 @@ def encode(path: Path, scene: Scene, track: np.ndarray, fps: float) -> None:
                 frame.pts, frame.time_base = number, 1 / rate
             for packet in video.encode(frame):
                 container.mux(packet)
-            while heard and (frame is None or float(heard[-1].pts * heard[-1].time_base) <= number / fps):
-                container.mux(heard.pop())
+            while heard and (frame is None or heard[-1][0] <= number / fps):
+                container.mux(heard.pop()[1])
 
 
 def _stream(seed: int, cast: script.Cast, *numbers: int) -> np.random.Generator:
