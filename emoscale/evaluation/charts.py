@@ -1,4 +1,4 @@
-"""Line charts and interval marks as inline SVG, coloured by the page's CSS variables so that they follow light and dark."""
+"""Line charts and interval marks as inline SVG; the page's CSS variables colour them, so they follow light and dark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 10, 12, 26
 POINTS = 400
 """Points drawn of one curve; longer ones are averaged in equal pieces."""
 SMOOTH_FROM = 60
-"""Curves of at least this many points are drawn faint, with a running mean over them."""
+"""Noisy curves of at least this many points are drawn faint, with a running mean over them."""
+NOISE = 0.005
+"""A curve is noisy when it is typically farther than this share of the axis from its running mean."""
 COLOURS = 6
 
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -26,8 +28,9 @@ def line_chart(title: str, curves: Mapping[str, Curve]) -> str:
     finite = np.concatenate([y[np.isfinite(y)] for _, y in drawn.values()])
     xs = np.concatenate([x for x, _ in drawn.values()])
     if len(finite) == 0:
-        return f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p class="empty">no finite value</p></figure>'
-    y_ticks, x_ticks = ticks(float(finite.min()), float(finite.max()), 4), ticks(float(xs.min()), float(xs.max()), 4)
+        caption = f"<figcaption>{escape(title)}</figcaption>"
+        return f'<figure class="chart">{caption}<p class="empty">no finite value</p></figure>'
+    y_ticks, x_ticks = ticks(float(finite.min()), float(finite.max()), 4), ticks(float(xs.min()), float(xs.max()), 5)
     y_low, y_high = min(y_ticks[0], finite.min()), max(y_ticks[-1], finite.max())
     x_low, x_high = xs.min(), max(xs.max(), xs.min() + 1e-9)
 
@@ -46,15 +49,18 @@ def line_chart(title: str, curves: Mapping[str, Curve]) -> str:
         parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(tick)}</text>')
     for order, (x, y) in enumerate(drawn.values()):
         colour = f"c{order % COLOURS}"
-        if len(y) >= SMOOTH_FROM:
+        mean = _running_mean(y, len(y) // 20) if len(y) >= SMOOTH_FROM else y
+        apart = np.abs(y - mean)[np.isfinite(y)]
+        noisy = len(apart) > 0 and np.median(apart) > NOISE * (y_high - y_low)
+        if noisy:
             parts.append(_path(place(x, y), f"curve faint {colour}"))
-            parts.append(_path(place(x, _running_mean(y, len(y) // 20)), f"curve {colour}"))
-        else:
-            parts.append(_path(place(x, y), f"curve {colour}"))
-    last = ", ".join(f"{name} {number(_last(y))}" for name, (_, y) in drawn.items())
+        parts.append(_path(place(x, mean if noisy else y), f"curve {colour}"))
+    last = {name: number(_last(y)) for name, (_, y) in drawn.items()}
+    spoken = escape(f"{title}: last " + ", ".join(f"{name} {value}" for name, value in last.items()))
+    shown = escape(" · ".join(last.values()))
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}<span class="last">{escape(_last_values(drawn))}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}: last {last}")}">{"".join(parts)}</svg></figure>'
+        f'<figure class="chart"><figcaption>{escape(title)}<span class="last">{shown}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{spoken}">{"".join(parts)}</svg></figure>'
     )
 
 
@@ -88,13 +94,13 @@ def interval_mark(
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """Give about `count` round numbers (1, 2 or 5 times a power of ten) that span low … high."""
+    """Give about `count` round numbers (1, 2, 2.5 or 5 times a power of ten) that span low … high."""
     if not high > low:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(place * step, 12) for place in range(first, last + 1)]
 
@@ -116,10 +122,6 @@ def number(value: float) -> str:
 def _last(y: NDArray[np.float64]) -> float:
     finite = y[np.isfinite(y)]
     return float(finite[-1]) if len(finite) else math.nan
-
-
-def _last_values(drawn: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]) -> str:
-    return number(_last(next(iter(drawn.values()))[1])) if len(drawn) == 1 else ""
 
 
 def _thinned(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -23,8 +23,8 @@ NO_CURVES = {"step", "utterances", "tokens", "step_time_s", "data_wait_s", "time
 def load_metrics(run_folder: Path) -> list[dict[str, Any]]:
     """Read `metrics.jsonl` of a run in the order written.
 
-    A run that was killed may leave a torn line: at the end it is dropped; in the middle, where a resumed run went on writing, the
-    whole record after it is kept.
+    A run that was killed may leave a torn line: at the end it is dropped; in the middle, where a resumed run went on
+    writing, the whole record after it is kept.
 
     Raises:
         DataError: no such file, or a line that is neither a record nor a torn one.
@@ -107,7 +107,8 @@ def _encoders(manifest: Mapping[str, Any]) -> str:
     teacher, tokenizer = manifest.get("visual_emotion"), manifest.get("tokenizer")
     if teacher:
         classes = ", ".join(teacher["classes"])
-        html += f"<p>Expression teacher: {escape(classes)}; SHA-256 <code>{escape(str(teacher['teacher_sha256']))}</code></p>"
+        digest = escape(str(teacher["teacher_sha256"]))
+        html += f"<p>Expression teacher: {escape(classes)}; SHA-256 <code>{digest}</code></p>"
     if tokenizer:
         words = f"{tokenizer.get('vocab_size', 0):,} pieces"
         html += f"<p>Tokenizer: {words}; SHA-256 <code>{escape(str(tokenizer['sha256']))}</code></p>"

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from html import escape
 
 STYLE = """
-:root{color-scheme:light dark;--paper:#fdfcfa;--ink:#1d2126;--soft:#646b75;--rule:#e3e0da;--panel:#f6f4ef;--heat:34 94 168;
+:root{color-scheme:light dark;--paper:#fdfcfa;--ink:#1d2126;--soft:#646b75;--rule:#e3e0da;--panel:#f6f4ef;
+--heat:24 78 148;
 --warn:#8a4b00;--warnbg:#fdf1dc;--c0:#225ea8;--c1:#c4501b;--c2:#2f8050;--c3:#8350a8;--c4:#a07a10;--c5:#45707f}
-@media(prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e6e4df;--soft:#9aa1ab;--rule:#2f343b;--panel:#1c2026;--heat:88 148 220;
+@media(prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e6e4df;--soft:#9aa1ab;--rule:#2f343b;--panel:#1c2026;
+--heat:88 148 220;
 --warn:#f1bf73;--warnbg:#33270f;--c0:#6ea8e8;--c1:#ef8a58;--c2:#68bd88;--c3:#bb92df;--c4:#d8b552;--c5:#80b3c4}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 Charter,"Bitstream Charter","Sitka Text",Cambria,Georgia,serif}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 Charter,"Bitstream Charter","Sitka Text",
+Cambria,Georgia,serif}
 main,header,footer{max-width:68rem;margin:0 auto;padding:0 1.5rem}
 header{padding-top:3.2rem}
 h1{font-size:2.1rem;line-height:1.15;font-weight:600;letter-spacing:-.012em;margin:0 0 .4rem}
@@ -23,9 +26,11 @@ header p,footer{color:var(--soft);font-size:.88rem}
 nav{margin:1.1rem 0 0;font-size:.9rem;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem}
 a{color:var(--c0);text-decoration:none}a:hover{text-decoration:underline}
 section{padding:2.2rem 0 1.4rem;border-top:1px solid var(--rule);margin-top:1.8rem}
-table,.chart,.legend,code,.tick,.source{font-family:ui-sans-serif,system-ui,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+table,.chart,.legend,code,.tick,.source{font-family:ui-sans-serif,system-ui,"Segoe UI",Roboto,"Helvetica Neue",Arial,
+sans-serif}
 .scroll{overflow-x:auto;max-width:100%}
-table{border-collapse:collapse;font-size:.875rem;line-height:1.4;font-variant-numeric:tabular-nums lining-nums;margin:.3rem 0}
+table{border-collapse:collapse;font-size:.875rem;line-height:1.4;font-variant-numeric:tabular-nums lining-nums;
+margin:.3rem 0}
 th{font-weight:600;text-align:left;color:var(--soft);font-size:.8rem;white-space:nowrap}
 thead th{border-bottom:1px solid var(--ink);vertical-align:bottom}
 th,td{padding:.34rem .8rem .34rem 0}
@@ -33,12 +38,14 @@ tbody td,tbody th{border-bottom:1px solid var(--rule);vertical-align:baseline}
 tbody th{color:var(--ink);font-size:.875rem;font-weight:500}
 .num{text-align:right;white-space:nowrap;padding-left:.8rem}
 thead .num{text-align:right}
-td.ci{color:var(--soft);font-size:.8rem;white-space:nowrap;padding-left:.1rem;padding-right:1.2rem}
+td small{display:block;font-size:.74rem;font-weight:400;color:var(--soft)}
 td.best{font-weight:700}
 td.mark{padding:.1rem .8rem .1rem 0;vertical-align:middle}
 td.wide{min-width:16rem;max-width:34rem}
-td.code,code{font-family:ui-monospace,"SF Mono","Cascadia Mono",Consolas,"DejaVu Sans Mono",monospace;font-size:.78rem;overflow-wrap:anywhere}
-dl{font-size:.86rem;color:var(--soft);display:grid;grid-template-columns:max-content 1fr;gap:.15rem .9rem;max-width:52rem;margin:.9rem 0}
+td.code,code{font-family:ui-monospace,"SF Mono","Cascadia Mono",Consolas,"DejaVu Sans Mono",monospace;
+font-size:.78rem;overflow-wrap:anywhere}
+dl{font-size:.86rem;color:var(--soft);display:grid;grid-template-columns:max-content 1fr;gap:.15rem .9rem;
+max-width:52rem;margin:.9rem 0}
 dt{font-weight:600;color:var(--ink)}dd{margin:0}
 .source{font-size:.76rem;color:var(--soft);margin-top:1.1rem;max-width:none}
 .warning{background:var(--warnbg);color:var(--warn);border-left:3px solid;padding:.55rem .9rem;font-size:.92rem}
@@ -51,18 +58,21 @@ figure{margin:0}
 .grid{stroke:var(--rule);stroke-width:1}
 .tick{fill:var(--soft);font-size:10px;font-variant-numeric:tabular-nums}
 .curve{fill:none;stroke-width:1.7;stroke-linejoin:round;stroke-linecap:round}.faint{opacity:.28;stroke-width:1}
-.point{stroke:none}.c0{stroke:var(--c0)}.c1{stroke:var(--c1)}.c2{stroke:var(--c2)}.c3{stroke:var(--c3)}.c4{stroke:var(--c4)}.c5{stroke:var(--c5)}
+.point{stroke:none}.c0{stroke:var(--c0)}.c1{stroke:var(--c1)}.c2{stroke:var(--c2)}.c3{stroke:var(--c3)}
+.c4{stroke:var(--c4)}.c5{stroke:var(--c5)}
 .point{stroke-width:4}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;font-size:.82rem;max-width:none}
 .key{display:inline-block;width:1.1rem;height:3px;vertical-align:middle;margin-right:.4rem}
-.k0{background:var(--c0)}.k1{background:var(--c1)}.k2{background:var(--c2)}.k3{background:var(--c3)}.k4{background:var(--c4)}.k5{background:var(--c5)}
-.whisker{stroke:var(--soft);stroke-width:1.6}.dot{fill:var(--c0)}.zero{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 2}
+.k0{background:var(--c0)}.k1{background:var(--c1)}.k2{background:var(--c2)}.k3{background:var(--c3)}
+.k4{background:var(--c4)}.k5{background:var(--c5)}
+.whisker{stroke:var(--soft);stroke-width:1.6}.dot{fill:var(--c0)}.zero{stroke:var(--soft);stroke-width:1;
+stroke-dasharray:2 2}
 .maps{display:flex;flex-wrap:wrap;gap:1.6rem 3rem}
 .maps h3{margin-top:.2rem}
 table.map td{text-align:right;min-width:4.4rem;padding:.4rem .6rem;border:2px solid var(--paper)}
 table.map th{padding:.3rem .7rem .3rem 0;border:0;color:var(--soft);font-size:.8rem}
 table.map thead th{text-align:right;padding:.3rem .6rem}
-table.map .hot{color:#fff}table.map small{display:block;opacity:.75;font-size:.72rem}
+table.map .hot{color:#fff}table.map small{color:inherit;opacity:.75}
 .bar{display:inline-block;height:.55rem;background:var(--c0);opacity:.75;vertical-align:baseline;border-radius:1px}
 .bars td{border:0;padding:0 .5rem 0 0;font-size:.78rem}.bars td:last-child{min-width:6rem}
 .right{color:var(--c2)}.wrong{color:var(--c1)}

@@ -275,7 +275,7 @@ def choose_checkpoint(
             f"no checkpoint has a finite {part} score ({len(scores)} seen); evaluate at least once before choosing"
         )
     step = min(finite, key=lambda step: (-finite[step], step))
-    flag = "chosen on test (rule `paper`): an oracle upper bound, not comparable with scores chosen on validation"
+    flag = "Checkpoint chosen on test (rule “paper”): an oracle upper bound, not comparable with scores chosen on validation."
     return Choice(step, finite[step], rule, flag if rule == "paper" else None)
 
 

@@ -36,6 +36,9 @@ __all__ = [
     "write_report",
 ]
 
+SHOWN_SLICES = 24
+"""Speakers shown at once; the others unfold."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -87,12 +90,14 @@ def scores_section(
     for arm, scores in arms.items():
         row = [cell(arm, tag="th"), cell(f"{scores.utterances:,}".replace(",", "\u202f"), "num")]
         for name in METRICS:
-            row += _with_interval(scores.intervals[name], best=len(arms) > 1 and getattr(scores, name) == best[name])
+            row.append(
+                _with_interval(scores.intervals[name], best=len(arms) > 1 and getattr(scores, name) == best[name])
+            )
         mean = scores.intervals["uar"]
         mark = interval_mark(mean.value, mean.low, mean.high, start=start, end=end)
         rows.append([*row, f'<td class="mark">{mark}</td>'])
     head = [cell("Arm", tag="th"), cell("Utterances", "num", tag="th")]
-    head += [cell(DEFINITIONS[name][0], "num", tag="th") + cell("95 %", tag="th") for name in METRICS]
+    head += [cell(DEFINITIONS[name][0], "num", tag="th") for name in METRICS]
     html = table([*head, cell("UAR", tag="th")], rows)
     if differences:
         html += "<h3>Paired differences, in points</h3>" + _differences(differences)
@@ -105,7 +110,7 @@ def confusion_section(
 ) -> Section:
     """Show each arm's confusion matrix: share of the true class in percent as colour, counts beneath."""
     maps = "".join(f"<div><h3>{escape(arm)}</h3>{_heat(scores)}</div>" for arm, scores in arms.items())
-    note = "Rows are the truth, columns the answers; percentages are of the row, so the diagonal is the recall of each class."
+    note = "Rows are the truth, columns the answers; percent of the row, so the diagonal is the recall of each class."
     return Section(title, f'<div class="maps">{maps}</div>', command, source, (note,))
 
 
@@ -139,7 +144,11 @@ def speakers_section(
     head = [cell(slices, tag="th"), cell("Answers", "num", tag="th")]
     head += [cell(arm, tag="th", span=2) for arm in arms]
     note = "Accuracy in percent over all seeds; a row with few answers says little."
-    return Section(title, table(head, body), command, source, (note,))
+    html = table(head, body[:SHOWN_SLICES])
+    if len(body) > SHOWN_SLICES:
+        rest = table(head, body[SHOWN_SLICES:])
+        html += f"<details><summary>{len(body) - SHOWN_SLICES} more</summary>{rest}</details>"
+    return Section(title, html, command, source, (note,))
 
 
 def examples_section(
@@ -166,9 +175,13 @@ def examples_section(
     return Section(title, table(head, rows), command, source)
 
 
-def _with_interval(interval: Interval, *, best: bool = False) -> list[str]:
-    ends = f"{_percent(interval.low)}–{_percent(interval.high)}"
-    return [cell(_percent(interval.value), "num best" if best else "num"), cell(ends, "ci")]
+def _with_interval(interval: Interval, *, best: bool = False) -> str:
+    return _stacked(_percent(interval.value), f"{_percent(interval.low)}–{_percent(interval.high)}", strong=best)
+
+
+def _stacked(value: str, ends: str, *, strong: bool) -> str:
+    css = "num best" if strong else "num"
+    return f'<td class="{css}">{escape(value)}<small>{escape(ends)}</small></td>'
 
 
 def _differences(differences: Mapping[str, Mapping[str, Interval]]) -> str:
@@ -180,15 +193,12 @@ def _differences(differences: Mapping[str, Mapping[str, Interval]]) -> str:
         for metric in METRICS:
             interval = row[metric]
             limits = f"{_points(interval.low)} … {_points(interval.high)}"
-            cells += [
-                cell(_points(interval.value), "num best" if interval.excludes_zero else "num"),
-                cell(limits, "ci"),
-            ]
+            cells.append(_stacked(_points(interval.value), limits, strong=interval.excludes_zero))
         uar = row["uar"]
         mark = interval_mark(uar.value, uar.low, uar.high, start=start, end=end, reference=0.0)
         rows.append([*cells, f'<td class="mark">{mark}</td>'])
     head = [cell("Difference", tag="th")]
-    head += [cell(DEFINITIONS[name][0], "num", tag="th") + cell("95 %", tag="th") for name in METRICS]
+    head += [cell(DEFINITIONS[name][0], "num", tag="th") for name in METRICS]
     note = '<p class="note">Both systems on the same resamples; bold where the interval excludes zero.</p>'
     return table([*head, cell("UAR", tag="th")], rows) + note
 
@@ -213,7 +223,7 @@ def _heat(scores: Scores) -> str:
     for label, share, count in zip(scores.classes, shares, counts, strict=True):
         cells = [cell(label, tag="th")]
         for one, rows_seen in zip(share, count, strict=True):
-            css = "hot" if one > 0.55 else ""
+            css = "hot" if one > 0.8 else ""
             shade = f"background:rgb(var(--heat)/{0.04 + 0.9 * one:.2f})"
             cells.append(f'<td class="{css}" style="{shade}">{100 * one:.0f}<small>{rows_seen:.0f}</small></td>')
         rows.append(cells)
