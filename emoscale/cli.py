@@ -259,7 +259,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
     try:
-        app()
+        app(prog_name="emoscale")
     except Exception as error:
         status = _status(error)
         if debug or status is None:

@@ -26,7 +26,10 @@ LEVELS = [
 """From the ground up; `emoscale` is the package's own `__init__`."""
 SIDEWAYS = {
     ("distributed", "config"): "a launcher whose variables contradict each other is a configuration error",
-    ("training", "evaluation"): "fine-tuning is scored, divided into folds and reported by evaluation; never the other way",
+    (
+        "training",
+        "evaluation",
+    ): "fine-tuning is scored, divided into folds and reported by evaluation; never the other way",
 }
 """(importer, imported) on one level, with the reason."""
 WITHOUT_TEST: dict[str, str] = {}
@@ -63,7 +66,10 @@ def complaint(path: Path, name: str) -> str | None:
     parts = name.split(".")
     if parts[0] != "emoscale" or name == "emoscale.__version__":
         return None
-    own, other = unit_of(path), parts[1] if (PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").is_file() else "emoscale"
+    own, other = (
+        unit_of(path),
+        parts[1] if (PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").is_file() else "emoscale",
+    )
     if own == other or (own, other) in SIDEWAYS:
         return None
     if level(other) >= level(own):
@@ -101,7 +107,10 @@ def test_the_import_rule_itself(file: str, name: str, allowed: bool) -> None:
 
 def test_only_the_engine_imports_deepspeed() -> None:
     users = {
-        str(path.relative_to(PACKAGE)) for path in MODULES for _, name in imports_of(path) if name.split(".")[0] == "deepspeed"
+        str(path.relative_to(PACKAGE))
+        for path in MODULES
+        for _, name in imports_of(path)
+        if name.split(".")[0] == "deepspeed"
     }
     assert users <= {"training/engine.py"}
 
