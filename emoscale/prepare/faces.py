@@ -194,11 +194,7 @@ def find_tracks(frames: Iterable[tuple[float, np.ndarray]], detector: FaceDetect
         return []
     cuts = find_cuts(np.stack([_thumbnail(image) for _, image in held]), config.cut_difference)
     bounds = [0, *cuts.tolist(), len(held)]
-    tracks = [
-        track
-        for first, last in pairwise(bounds)
-        for track in _follow(held[first:last], detector, config)
-    ]
+    tracks = [track for first, last in pairwise(bounds) for track in _follow(held[first:last], detector, config)]
     least = max(config.min_frames, config.min_share * len(held))
     kept = [track for track in tracks if len(track.times) >= least]
     return sorted(kept, key=lambda track: (-len(track.times), track.times[0], track.boxes[0, 0]))
@@ -212,17 +208,17 @@ def crop_face(image: np.ndarray, box: np.ndarray, size: int, margin: float) -> n
     cv2 = _cv2()
     side = float(max(box[2], box[3])) * (1 + 2 * margin)
     left, top = float(box[0] + box[2] / 2) - side / 2, float(box[1] + box[3] / 2) - side / 2
+    across = down = side / size
     if side / size > AREA_FROM:  # bilinear sampling alone would alias: average first
         x, y = max(0, int(left)), max(0, int(top))
         part = image[y : int(top + side) + 2, x : int(left + side) + 2]
         if part.size:
-            shrink = size / side
-            height, width = max(1, round(part.shape[0] * shrink)), max(1, round(part.shape[1] * shrink))
+            width, height = max(1, round(part.shape[1] / across)), max(1, round(part.shape[0] / down))
             image = cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA)
-            left, top, side = (left - x) * width / part.shape[1], (top - y) * height / part.shape[0], float(size)
-    zoom = side / size
-    # pixel centres: output (i + 0.5) · zoom + left is input + 0.5
-    matrix = np.array([[zoom, 0, left + zoom / 2 - 0.5], [0, zoom, top + zoom / 2 - 0.5]], np.float64)
+            wide, high = width / part.shape[1], height / part.shape[0]
+            left, top, across, down = (left - x) * wide, (top - y) * high, across * wide, down * high
+    # pixel centres: output (i + 0.5) · across + left is input + 0.5
+    matrix = np.array([[across, 0, left + across / 2 - 0.5], [0, down, top + down / 2 - 0.5]], np.float64)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 

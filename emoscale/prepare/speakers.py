@@ -30,7 +30,7 @@ REASONS = (ONLY_FACE, SYNCHRONY, MOUTH_ONLY, NO_FACE, NO_SYNCHRONY, STILL_MOUTH)
 class SpeakersConfig:
     """When a visible face is taken to be the speaker."""
 
-    min_score: float = 0.3
+    min_score: float = 0.2
     """With several faces, the best one must reach this score (about -1 to 1), else nobody visible speaks."""
     min_motion: float = 0.0
     """A face alone is refused when its mouth moves less than this (mean change of grey, 0 to 1, per frame) while the

@@ -84,7 +84,9 @@ class Teacher:
     """A trained expression classifier, frozen."""
 
     def __init__(self, network: nn.Module, classes: list[str], side: int, width: int) -> None:
-        self.network = network.eval().requires_grad_(False)
+        import torch
+
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.classes, self.side, self.width = classes, side, width
 
     def __call__(self, crops: np.ndarray, batch: int = 256) -> tuple[np.ndarray, np.ndarray]:
@@ -227,7 +229,7 @@ def _split(found: Stills, part: float, seed: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _network(width: int, classes: int) -> nn.Sequential:
-    """Build features (a small residual-free CNN: 4 layers, batch norm) followed by a linear classifier."""
+    """Build features (four convolutions with batch norm, averaged over the picture) followed by a linear classifier."""
     from torch import nn
 
     def block(i: int, o: int, stride: int = 1) -> list[nn.Module]:
@@ -250,23 +252,22 @@ def _fit(found: Stills, train: np.ndarray, config: TeacherConfig) -> nn.Sequenti
     import torch
     from torch.nn import functional as F
 
-    pictures, labels = _grey(found.crops[train]), torch.from_numpy(found.labels[train])
+    pictures, labels = _shrink(_grey(found.crops[train]), config.side), torch.from_numpy(found.labels[train])
     counts = torch.bincount(labels, minlength=len(found.classes)).float()
     weight = counts.sum() / (len(counts) * counts)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = _network(config.width, len(found.classes))
+    network.to(memory_format=torch.channels_last)  # halves the time of a step on a CPU
     optimiser = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=0.01)
-    steps = config.epochs * max(1, len(train) // config.batch)
+    usable = max(len(train) // config.batch, 1) * config.batch  # whole batches: statistics of a small rest mislead
+    steps = config.epochs * (usable // config.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=steps + 1)
     network.train()
-    for step in range(steps):
-        if step % max(1, len(train) // config.batch) == 0:
-            order = torch.randperm(len(train), generator=generator)
-        first = (step * config.batch) % max(config.batch, len(train) // config.batch * config.batch)
-        rows = order[first : first + config.batch]
-        logits = network(_standard(_distort(pictures[rows], config.side, generator)))
+    orders = (torch.randperm(len(train), generator=generator)[:usable] for _ in range(config.epochs))
+    for rows in (rows for order in orders for rows in order.split(config.batch)):
+        logits = network(_standard(_distort(pictures[rows], generator)))
         loss = F.cross_entropy(logits, labels[rows], weight=weight, label_smoothing=config.label_smoothing)
         optimiser.zero_grad()
         loss.backward()
@@ -275,7 +276,7 @@ def _fit(found: Stills, train: np.ndarray, config: TeacherConfig) -> nn.Sequenti
     return network
 
 
-def _distort(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
+def _distort(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Shift, scale, turn, mirror, blur, re-light and roughen: what a detector and a camera do to one face."""
     import torch
     from torch.nn import functional as F
@@ -289,12 +290,11 @@ def _distort(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
     shift = uniform(-0.1, 0.1, 2)
     rows = [mirror * cos, -sin, shift[:, 0], mirror * sin, cos, shift[:, 1]]
     theta = torch.stack(rows, dim=1).view(-1, 2, 3)
-    small = _shrink(pictures, side)
-    grid = F.affine_grid(theta, list(small.shape), align_corners=False)
-    out = F.grid_sample(small, grid, padding_mode="border", align_corners=False)
+    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
+    out = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
     blurred = F.avg_pool2d(F.pad(out, (1, 1, 1, 1), mode="replicate"), 3, 1)
     out = out + uniform(-0.3, 0.8, 1, 1, 1).clamp(min=0) * (blurred - out)
-    light = torch.linspace(-1, 1, side) * uniform(-0.15, 0.15, 1, 1, 1)
+    light = torch.linspace(-1, 1, pictures.shape[-1]) * uniform(-0.15, 0.15, 1, 1, 1)
     noise = torch.randn(out.shape, generator=generator) * uniform(0, 0.06, 1, 1, 1)
     return out * uniform(0.7, 1.3, 1, 1, 1) + uniform(-0.15, 0.15, 1, 1, 1) + light + noise
 
