@@ -50,7 +50,8 @@ def line_chart(title: str, curves: Mapping[str, Curve]) -> str:
     for order, (x, y) in enumerate(drawn.values()):
         colour = f"c{order % COLOURS}"
         mean = _running_mean(y, len(y) // 20) if len(y) >= SMOOTH_FROM else y
-        apart = np.abs(y - mean)[np.isfinite(y)]
+        known = np.isfinite(y)
+        apart = np.abs(y[known] - mean[known])
         noisy = len(apart) > 0 and np.median(apart) > NOISE * (y_high - y_low)
         if noisy:
             parts.append(_path(place(x, y), f"curve faint {colour}"))

@@ -35,7 +35,7 @@ th{font-weight:600;text-align:left;color:var(--soft);font-size:.8rem;white-space
 thead th{border-bottom:1px solid var(--ink);vertical-align:bottom}
 th,td{padding:.34rem .8rem .34rem 0}
 tbody td,tbody th{border-bottom:1px solid var(--rule);vertical-align:baseline}
-tbody th{color:var(--ink);font-size:.875rem;font-weight:500}
+tbody th{color:var(--ink);font-size:.875rem;font-weight:500;white-space:normal;max-width:17rem}
 .num{text-align:right;white-space:nowrap;padding-left:.8rem}
 thead .num{text-align:right}
 td small{display:block;font-size:.74rem;font-weight:400;color:var(--soft)}
