@@ -41,15 +41,16 @@ quickstart: $(VENV)/.installed
 	@test -s $(QUICK)/report.html && echo "report: $(QUICK)/report.html"
 else
 quickstart: $(VENV)/.installed
-	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/films.yaml 'source=$(CORPUS)' output=$(QUICK)/own/corpus)
-	$(call timed,pretrain,$(EMOSCALE) pretrain configs/pretrain/memobert-own.yaml)
-	@echo "no labels, so nothing to fine-tune; run folder: $(QUICK)/own/pretrain"
+	$(call timed,prepare,$(EMOSCALE) prepare 'source=$(CORPUS)' output=$(QUICK)/own/corpus)
+	$(call timed,pretrain,$(EMOSCALE) pretrain configs/pretrain/memobert-demo.yaml 'data.corpora=[$(QUICK)/own/corpus]' run.output=$(QUICK)/own/pretrain)
+	@cp $(QUICK)/own/pretrain/report.html $(QUICK)/report.html
+	@echo "report: $(QUICK)/report.html (these films have no labels, so nothing was fine-tuned)"
 endif
 
 demo-report: $(VENV)/.installed
 	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo.yaml)
 	$(call timed,pretrain,$(EMOSCALE) pretrain configs/pretrain/memobert-demo.yaml)
-	$(call timed,control,$(EMOSCALE) pretrain configs/pretrain/memobert-demo-control.yaml)
+	$(call timed,control,$(EMOSCALE) pretrain configs/pretrain/memobert-demo.yaml data.shuffle_modalities=true run.output=$(QUICK)/control)
 	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/demo-report.yaml)
 
 test: $(VENV)/.installed-dev

@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
+INSIST = os.environ.get("EMOSCALE_BUILD") == "1"
 LOST = "the operators run in Triton on a GPU and in plain PyTorch on a CPU"
 
 
@@ -49,26 +51,37 @@ def extension() -> tuple[list[Extension], dict[str, type]]:
             "emoscale: CUDA operators not built: no nvcc (set CUDA_HOME); on a GPU they run in Triton", file=sys.stderr
         )
     flags = {"cxx": ["-O3", "-std=c++20"], "nvcc": ["-O3", "-std=c++20"]}
+
+    class Build(BuildExtension):
+        """Lets a compiler that fails cost the operators, not the installation."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except (CompileError, OSError, RuntimeError) as error:  # ninja's failure is a RuntimeError
+                if INSIST:
+                    raise
+                self.extensions = []
+                print(f"emoscale: native operators not built: the compiler failed ({error}); {LOST}", file=sys.stderr)
+
     make = CUDAExtension if with_cuda else CppExtension
     module = make(
         "emoscale._native", cpp + (cuda if with_cuda else []), include_dirs=[str(CSRC)], extra_compile_args=flags
     )
-    module.optional = os.environ.get("EMOSCALE_BUILD") != "1"
-    return [module], {"build_ext": BuildExtension}
+    return [module], {"build_ext": Build}
 
 
 def main() -> None:
     """Run setuptools with the operators where they can be built, without them elsewhere."""
-    insist = os.environ.get("EMOSCALE_BUILD") == "1"
     reason = obstacle(sorted(map(str, CSRC.rglob("*.cpp"))))
     if reason is None:
         try:
             modules, commands = extension()
         except (ImportError, OSError, RuntimeError) as error:  # a torch that is broken or does not fit its CUDA
-            if insist:
+            if INSIST:
                 raise
             reason, modules, commands = f"torch cannot build here: {error}", [], {}
-    elif insist:
+    elif INSIST:
         sys.exit(f"emoscale: EMOSCALE_BUILD=1, but {reason}")
     else:
         modules, commands = [], {}

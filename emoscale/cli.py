@@ -92,8 +92,11 @@ def pretrain(words: Words = None, check: Check = False) -> None:
     if check:
         run.check(config)
         return _valid(config, False)
-    _announce(config.output)
-    return _say(f"checkpoint: {run.pretrain(config)}")
+    _announce(config.run.output)
+    checkpoint = run.pretrain(config)
+    if _is_main():
+        _write_report(Path(config.run.output), [Path(name) for name in config.data.corpora])
+    return _say(f"checkpoint: {checkpoint}")
 
 
 @app.command(epilog="Example: `emoscale finetune configs/finetune/demo.yaml init=runs/memobert-demo head.name=prompt`")
@@ -229,6 +232,18 @@ def _show(value: Any, json: bool, text: str) -> None:
 
         text = module.dumps(value, indent=2, default=str, ensure_ascii=False)
     _say(text)
+
+
+def _write_report(folder: Path, corpora: list[Path]) -> None:
+    """Write what a pre-training run leaves to be looked at: curves, corpora, environment."""
+    from emoscale.evaluation import report
+
+    command = f"emoscale pretrain {folder / 'config.yaml'}"
+    sections = [report.curves_section({folder.name: folder}, command=command)]
+    sections += [report.corpus_section(corpus, command=f"emoscale prepare output={corpus}") for corpus in corpora]
+    sections.append(report.environment_section(folder, command=command))
+    report.write_report(folder / "report.html", title=f"Pre-training: {folder.name}", sections=sections)
+    _say(f"report: {folder / 'report.html'}")
 
 
 def _load_json(path: Path) -> Any:

@@ -21,9 +21,12 @@ COMMANDS = ("doctor", "prepare", "pretrain", "finetune", "evaluate", "predict", 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    code = "from emoscale.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment
+        [sys.executable, "-m", "emoscale", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
     )
 
 
