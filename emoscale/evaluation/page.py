@@ -35,7 +35,7 @@ th{font-weight:600;text-align:left;color:var(--soft);font-size:.8rem;white-space
 thead th{border-bottom:1px solid var(--ink);vertical-align:bottom}
 th,td{padding:.34rem .8rem .34rem 0}
 tbody td,tbody th{border-bottom:1px solid var(--rule);vertical-align:baseline}
-tbody th{color:var(--ink);font-size:.875rem;font-weight:500;white-space:normal;max-width:17rem}
+tbody th{color:var(--ink);font-size:.875rem;font-weight:500;white-space:normal;min-width:8rem;max-width:17rem}
 .num{text-align:right;white-space:nowrap;padding-left:.8rem}
 thead .num{text-align:right}
 td small{display:block;font-size:.74rem;font-weight:400;color:var(--soft)}
@@ -70,7 +70,7 @@ stroke-dasharray:2 2}
 .maps{display:flex;flex-wrap:wrap;gap:1.6rem 3rem}
 .maps h3{margin-top:.2rem}
 table.map td{text-align:right;min-width:4.4rem;padding:.4rem .6rem;border:2px solid var(--paper)}
-table.map th{padding:.3rem .7rem .3rem 0;border:0;color:var(--soft);font-size:.8rem}
+table.map th{min-width:0;padding:.3rem .7rem .3rem 0;border:0;color:var(--soft);font-size:.8rem}
 table.map thead th{text-align:right;padding:.3rem .6rem}
 table.map .hot{color:#fff}table.map small{color:inherit;opacity:.75}
 .bar{display:inline-block;height:.55rem;background:var(--c0);opacity:.75;vertical-align:baseline;border-radius:1px}
