@@ -18,7 +18,6 @@ from emoscale.config import ConfigError, EmoscaleError
 from emoscale.prepare.teacher import Teacher, load_teacher, teacher_sha256
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 RATE = 16_000
@@ -354,7 +353,7 @@ def _probabilities(teacher: Teacher | None, crops: np.ndarray) -> np.ndarray:
     return np.zeros((len(crops), 0), np.float16) if teacher is None else teacher(crops)[1].astype(np.float16)
 
 
-def _from_hub(source: str, revision: str, model: str, processor: str) -> tuple[torch.nn.Module, Any, str]:
+def _from_hub(source: str, revision: str, model: str, processor: str) -> tuple[Any, Any, str]:
     """Load a frozen model and its processor, and tell what was loaded: a commit, or the hash of a folder's weights."""
     try:
         import transformers
@@ -368,7 +367,8 @@ def _from_hub(source: str, revision: str, model: str, processor: str) -> tuple[t
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"encoder: {source}: cannot be loaded from Hugging Face or as a folder: {reason}") from error
     commit = getattr(network.config, "_commit_hash", None)
-    return network.eval().requires_grad_(False), prepare, commit or _folder_sha256(Path(source))
+    # transformers 5 keeps the precision of the file; half precision is slow on a CPU
+    return network.float().eval().requires_grad_(False), prepare, commit or _folder_sha256(Path(source))
 
 
 def _folder_sha256(folder: Path) -> str:

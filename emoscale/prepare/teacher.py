@@ -83,7 +83,7 @@ class Stills:
 class Teacher:
     """A trained expression classifier, frozen."""
 
-    def __init__(self, network: nn.Module, classes: list[str], side: int, width: int) -> None:
+    def __init__(self, network: nn.Sequential, classes: list[str], side: int, width: int) -> None:
         import torch
 
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
