@@ -23,6 +23,7 @@ from emoscale.prepare.shards import (
     LEDGER,
     MANIFEST,
     SCHEMA,
+    TOKENIZER,
     Statistics,
     previous_manifest,
     publish,
@@ -175,13 +176,13 @@ def _tokenizer(
     """Build the tokenizer, or keep the one of the corpus before: models were trained on its token ids."""
     if not text.tokenizer:
         return None
-    folder = store.folder / vocabulary.FOLDER
+    folder = store.folder / TOKENIZER
     entry = before["tokenizer"] if before is not None else None
     if entry is not None and entry["config"] == vocabulary.settings(text) and folder.is_dir():
-        shutil.copytree(folder, fresh / vocabulary.FOLDER)
+        shutil.copytree(folder, fresh / TOKENIZER)
         return entry
     texts = (utterance.text for name in names for utterance in store.utterances(name) if utterance.text)
-    return vocabulary.build(texts, text, fresh / vocabulary.FOLDER)
+    return vocabulary.build(texts, text, fresh / TOKENIZER)
 
 
 def _write_ledger(

@@ -13,7 +13,9 @@ from emoscale.config import DataError, EmoscaleError
 try:
     import av
     from av.error import FFmpegError
+    from av.error import InvalidDataError as InvalidDataError
     from av.stream import Disposition
+    from av.video.reformatter import VideoReformatter as VideoReformatter
 except ModuleNotFoundError as error:
     raise EmoscaleError("reading media needs PyAV; pip install 'emoscale[prepare]'") from error
 

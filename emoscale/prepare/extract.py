@@ -31,6 +31,8 @@ from emoscale.prepare.speakers import SpeakersConfig, choose_speaker
 from emoscale.prepare.subtitles import Cue, SubtitleConfig
 
 TEACHER_FOLDER = "teacher"
+SILENCE = 1e-4
+"""Sound that never exceeds this (-80 dB of full scale) is no sound: a muted track, not a pause."""
 
 
 @dataclass
@@ -223,7 +225,7 @@ class Extractor:
         given = {name: read_features(reference) for name, reference in draft.references.items()}
         end = min(utterance.end, utterance.start + config.max_seconds)
         wave = reader.sound.between(utterance.start, end) if reader.sound is not None else np.zeros(0, np.float32)
-        if reader.sound is not None and "acoustic" not in given:
+        if "acoustic" not in given and len(wave) and np.abs(wave).max() >= SILENCE:
             utterance.acoustic = self.acoustic.encode(wave)[: config.acoustic.max_frames]
         if reader.pictures is not None and "visual" not in given:
             utterance.visual, utterance.visual_emotion = self._face(utterance, end, wave, reader.pictures, notes)

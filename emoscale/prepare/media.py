@@ -15,7 +15,15 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 
 from emoscale.config import DataError
-from emoscale.prepare.container import FFmpegError, Media, av, open_container, reason
+from emoscale.prepare.container import (
+    FFmpegError,
+    InvalidDataError,
+    Media,
+    VideoReformatter,
+    av,
+    open_container,
+    reason,
+)
 
 RATE = 16_000
 """Samples per second of all sound."""
@@ -80,6 +88,7 @@ class _Stream:
         self._container: Any = open_container(self.media.path)
         self._stream: Any = self._container.streams[self._index]
         self._stream.thread_type = "AUTO"
+        self._tick = float(self._stream.time_base)
         self._stream.codec_context.thread_count = self._threads
 
     def __enter__(self) -> Self:
@@ -107,7 +116,7 @@ class _Stream:
             for packet in self._container.demux(self._stream):
                 try:
                     yield from packet.decode()
-                except av.error.InvalidDataError as error:
+                except InvalidDataError as error:
                     self._bad += 1
                     if self._bad > MAX_BAD_PACKETS:
                         raise DataError(
@@ -125,6 +134,7 @@ class PyavFrames(_Stream):
     def __init__(self, media: Media, max_height: int = 0, threads: int = 0) -> None:
         super().__init__(media, media.video, threads)
         self._max_height = max_height
+        self._scaler = VideoReformatter()  # kept: a new one per frame costs more than the conversion
         self._interval = float(1 / self._stream.average_rate) if self._stream.average_rate else 0.04
         self._frames = self._decoded()
         self._now: Any = None
@@ -171,15 +181,15 @@ class PyavFrames(_Stream):
         return next((frame for frame in self._frames if frame.pts is not None), None)
 
     def _time(self, frame: Any) -> float:
-        return float(frame.pts * frame.time_base) - self.media.origin
+        return frame.pts * self._tick - self.media.origin
 
     def _shown_for(self, frame: Any) -> float:
-        return max(float((frame.duration or 0) * frame.time_base), self._interval)
+        return max((frame.duration or 0) * self._tick, self._interval)
 
     def _picture(self, frame: Any) -> np.ndarray:
         scale = min(1.0, self._max_height / frame.height) if self._max_height else 1.0
         width, height = max(2, round(frame.width * scale)), max(2, round(frame.height * scale))
-        image = frame.to_ndarray(format="rgb24", width=width, height=height)
+        image = self._scaler.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
         turns = round((frame.rotation or 0) / 90) % 4
         return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
 
@@ -274,7 +284,7 @@ class AudioReader(_Stream):
             self._append(self._resampler.resample(None) if self._resampler else [])
             self._ended = True
             return
-        time = self._expected if frame.pts is None else float(frame.pts * frame.time_base) - self.media.origin
+        time = self._expected if frame.pts is None else frame.pts * self._tick - self.media.origin
         shape = (frame.format.name, frame.layout.name, frame.rate)
         if self._resampler is None or shape != self._shape or abs(time - self._expected) > 0.05:
             self._append(self._resampler.resample(None) if self._resampler else [])
@@ -293,9 +303,9 @@ class AudioReader(_Stream):
 
     def _append(self, frames: list[Any]) -> None:
         for frame in frames:
-            wave = frame.to_ndarray().mean(
-                axis=0
-            )  # FFmpeg's own mono would make a centred voice 3 dB louder than a mono file
+            channels = frame.to_ndarray()
+            # FFmpeg's own mono would make a centred voice 3 dB louder than a mono file
+            wave = channels[0] if len(channels) == 1 else channels.mean(axis=0)
             cut = min(self._skip, len(wave))
             self._skip -= cut
             self._put(wave[cut:])

@@ -61,7 +61,7 @@ class PrepareConfig:
     shard_bytes: int = 1 << 26
     """Largest shard, bytes."""
     render: Literal["", "demo"] = ""
-    """`demo` draws the generated demo corpus into `source` if that is empty."""
+    """`demo` draws the generated demo corpus where it is not yet; `source` is its `films` folder, or the one above."""
 
     def validate(self) -> None:
         """Refuse values out of range."""
@@ -115,16 +115,26 @@ class Summary:
         return "\n".join([*text, *self.lines])
 
 
+class SkippedInputs(DataError):
+    """More inputs were skipped than `max_failures` allows; everything else is written."""
+
+    def __init__(self, message: str, summary: Summary) -> None:
+        super().__init__(message)
+        self.summary = summary
+        """What the run did all the same."""
+
+
 def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
     """Make or continue a corpus; what an earlier run finished is not done again.
 
     Raises:
         ConfigError: the configuration cannot be run.
-        DataError: there is nothing to prepare, or more inputs than `max_failures` were skipped (all else is written).
+        SkippedInputs: more inputs than `max_failures` were skipped; all else is written.
+        DataError: there is nothing to prepare, or inputs do not fit together.
     """
     source, output = Path(config.source), Path(config.output)
-    if config.render == "demo" and not (source.exists() and any(source.iterdir())):
-        _render(source)
+    if config.render == "demo":
+        _render(source.parent if source.name == "films" else source)
     sources = find(source, config.preprocess.subtitles.language)
     output.mkdir(parents=True, exist_ok=True)
     store = PartStore(output)
@@ -148,18 +158,19 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
         summary.notes = notes_of(summary.ledger)
     if len(summary.failures) > config.max_failures:
         path, reason = summary.failures[0]
-        raise DataError(
+        raise SkippedInputs(
             f"{len(summary.failures)} of {len(sources)} inputs were skipped, max_failures is {config.max_failures}; "
             f"first {path}: {reason} "
-            f"(all in {summary.ledger}; mend them and run again, only they are retried)"
+            f"(all in {summary.ledger}; mend them and run again, only they are retried)",
+            summary,
         )
     return summary
 
 
-def _render(source: Path) -> None:
+def _render(folder: Path) -> None:
     from emoscale.prepare import demo
 
-    demo.render(source, demo.DemoConfig())
+    demo.render(folder, demo.DemoConfig())
 
 
 def _teacher(config: PrepareConfig, output: Path, summary: Summary) -> Path | None:

@@ -17,7 +17,7 @@ from emoscale.config import DataError
 from emoscale.prepare.parts import PARTS
 
 SCHEMA = 1
-MANIFEST, LEDGER, INDEX = "manifest.json", "ledger.jsonl", "index.json"
+MANIFEST, LEDGER, INDEX, TOKENIZER = "manifest.json", "ledger.jsonl", "index.json", "tokenizer"
 
 
 @dataclass
@@ -96,7 +96,7 @@ def write_shards(
         for utterance in utterances:
             _fit(utterance, widths)
             statistics.add(utterance)
-            writer.write(storable(utterance.record()))
+            writer.write(utterance.record())
     index = json.loads((folder / INDEX).read_text())
     shards = [
         {
@@ -122,41 +122,17 @@ def _fit(utterance: Utterance, widths: dict[str, int]) -> None:
             )
 
 
-def storable(record: dict[str, Any]) -> dict[str, Any]:
-    """Replace empty arrays, which MDS refuses, by zeros with a third axis and one more row and column."""
-    return {
-        name: _padded(value) if isinstance(value, np.ndarray) and value.size == 0 else value
-        for name, value in record.items()
-    }
-
-
-def restored(record: dict[str, Any]) -> dict[str, Any]:
-    """Give a row read from a shard its empty arrays back."""
-    return {
-        name: _unpadded(value) if isinstance(value, np.ndarray) and value.ndim == 3 else value
-        for name, value in record.items()
-    }
-
-
-def _padded(empty: np.ndarray) -> np.ndarray:
-    return np.zeros((empty.shape[0] + 1, empty.shape[1] + 1, 1), empty.dtype)
-
-
-def _unpadded(stored: np.ndarray) -> np.ndarray:
-    return np.zeros((stored.shape[0] - 1, stored.shape[1] - 1), stored.dtype)
-
-
 def publish(fresh: Path, folder: Path) -> None:
-    """Put a finished corpus in the place of the one before.
+    """Put a finished corpus in the place of the one before; parts and teacher stay.
 
     The old manifest goes first and the new one comes last: whoever finds a manifest finds the shards it lists.
     """
     manifest = folder / MANIFEST
     if manifest.exists():
         manifest.replace(folder / PARTS / MANIFEST)
-    names = {path.name for path in fresh.iterdir()} - {MANIFEST}
-    for old in [*folder.glob("shard.*.mds*"), *(folder / name for name in names)]:
+    for old in [*folder.glob("shard.*.mds*"), folder / INDEX, folder / TOKENIZER]:
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    names = {path.name for path in fresh.iterdir()} - {MANIFEST}
     for name in sorted(names):
         (fresh / name).replace(folder / name)
     (fresh / MANIFEST).replace(manifest)
@@ -235,4 +211,4 @@ def read_utterances(folder: Path) -> Iterator[Utterance]:
     for shard in json.loads((folder / INDEX).read_text())["shards"]:
         reader = reader_from_json(str(folder), None, shard)
         for i in range(reader.size):
-            yield Utterance.from_record(restored(reader.get_item(i)))
+            yield Utterance.from_record(reader.get_item(i))

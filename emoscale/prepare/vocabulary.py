@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from emoscale.prepare.shards import TOKENIZER
+
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-FOLDER = "tokenizer"
 
 
 @dataclass
@@ -48,7 +49,7 @@ def build(texts: Iterable[str], config: TextConfig, folder: Path) -> dict[str, A
     (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
     BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), do_lower_case=True).save_pretrained(str(folder))
     return {
-        "folder": FOLDER,
+        "folder": TOKENIZER,
         "sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
         "vocab_size": len(pieces),
         "config": settings(config),

@@ -64,7 +64,9 @@ def _film(
 
 
 def _grey(height: int, time: float) -> av.VideoFrame:
-    frame = av.VideoFrame.from_ndarray(np.full((height, 64, 3), round(20 * time) + 16, np.uint8), format="rgb24")
+    frame = av.VideoFrame.from_ndarray(
+        np.full((height, 64, 3), min(round(20 * time) + 16, 255), np.uint8), format="rgb24"
+    )
     frame.pts, frame.time_base = round(time * 1000), MILLISECOND
     return frame
 
