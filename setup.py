@@ -9,22 +9,30 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.errors import CompileError
+from setuptools.errors import BaseError, CompileError, LinkError
 
 CSRC = Path("csrc")
 INSIST = os.environ.get("EMOSCALE_BUILD") == "1"
+FAILURES = (BaseError, CompileError, LinkError, OSError, RuntimeError, subprocess.SubprocessError)
+"""What a toolchain that does not work raises: setuptools', ninja's (RuntimeError), or a compiler that does not even start."""
 LOST = "the operators run in Triton on a GPU and in plain PyTorch on a CPU"
 
 
 def cxx() -> str | None:
     """Give the C++ compiler that torch's builder would call."""
     named = os.environ.get("CXX")
-    return shutil.which(named) if named else shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    return (
+        shutil.which(shlex.split(named)[0])
+        if named
+        else shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    )
 
 
 def obstacle(sources: list[str]) -> str | None:
@@ -58,7 +66,7 @@ def extension() -> tuple[list[Extension], dict[str, type]]:
         def run(self) -> None:
             try:
                 super().run()
-            except (CompileError, OSError, RuntimeError) as error:  # ninja's failure is a RuntimeError
+            except FAILURES as error:
                 if INSIST:
                     raise
                 self.extensions = []
@@ -77,7 +85,7 @@ def main() -> None:
     if reason is None:
         try:
             modules, commands = extension()
-        except (ImportError, OSError, RuntimeError) as error:  # a torch that is broken or does not fit its CUDA
+        except (ImportError, *FAILURES) as error:  # a torch that is broken or does not fit its CUDA
             if INSIST:
                 raise
             reason, modules, commands = f"torch cannot build here: {error}", [], {}
