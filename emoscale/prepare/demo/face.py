@@ -121,7 +121,7 @@ class Face:
         self.base = _base(person, backdrop, centre, size, light)
         skin, hair = np.array(person.skin, np.float32), np.array(person.hair, np.float32)
         self._brow, self._line = colour(np.minimum(hair * 0.6, skin * 0.5)), colour(skin * 0.6)
-        self._white, self._lips = colour(np.full(3, 150.0) + skin * 0.28), colour(skin * np.array([0.62, 0.56, 0.82]))
+        self._white, self._lips = colour(np.full(3, 150.0) + skin * 0.28), colour(skin * np.array([0.70, 0.64, 0.92]))
         self._thick = 1 if size < 50 else 2
 
     def shapes(self, moves: np.ndarray) -> dict[str, np.ndarray]:
@@ -144,17 +144,18 @@ class Face:
         gap, fold, furrow = shapes["strength"][frame]
         skin = np.array(self.person.skin, np.float32)
         if fold > 0.12:
-            _lines_of(image, shapes["fold"][frame], colour(skin * (0.86 - 0.3 * min(fold, 1.0))), 1)
+            _lines_of(image, shapes["fold"][frame], colour(skin * (0.76 - 0.26 * min(fold, 1.0))), 1)
         if furrow > 0.12:
-            _lines_of(image, shapes["furrow"][frame], colour(skin * (0.82 - 0.34 * min(furrow, 1.0))), 1)
+            _lines_of(image, shapes["furrow"][frame], colour(skin * (0.76 - 0.3 * min(furrow, 1.0))), 1)
         _fill(image, shapes["white"][frame], self._white)
         _fill(image, shapes["iris"][frame], self.person.iris)
         _lines_of(image, shapes["lid"][frame], (26, 24, 30), self._thick)
         _fill(image, shapes["brow"][frame], self._brow)
         _fill(image, shapes["lips"][frame], self._lips)
         if gap > 0.05:
-            _fill(image, shapes["inside"][frame], (36, 24, 58))
-            _fill(image, shapes["teeth"][frame], (206, 214, 218))
+            _fill(image, shapes["inside"][frame], (26, 16, 42))
+            if gap > 0.22:
+                _fill(image, shapes["teeth"][frame], (176, 184, 190))
         else:
             _lines_of(image, shapes["seam"][frame], colour(skin * 0.36), 1)
 
@@ -215,7 +216,7 @@ def _eyes(person: Identity, m: dict[str, np.ndarray]) -> dict[str, list[np.ndarr
 def _mouth(person: Identity, m: dict[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
     t = np.linspace(-1, 1, 9, dtype=np.float32)[None]
     bow = 1 - t * t
-    gap = opening(m["jaw"], m["speech"]) * np.float32(0.30)
+    gap = opening(m["jaw"], m["speech"]) * np.float32(0.38)
     half = person.mouth_width * (1 + 0.32 * m["stretch"]) * (1 - 0.3 * gap)
     lift = 0.13 * (m["corner"] + person.mouth_corner)
     x = half * t
@@ -227,7 +228,7 @@ def _mouth(person: Identity, m: dict[str, np.ndarray]) -> dict[str, list[np.ndar
         [_points(x, upper - lip * dip * bow**0.7), _points(x[:, ::-1], (lower + 1.25 * lip * bow**0.6)[:, ::-1])], 1
     )
     inside = np.concatenate([_points(0.94 * x, upper), _points(0.94 * x[:, ::-1], lower[:, ::-1])], 1)
-    bite = upper + np.minimum(0.4 * gap, 0.075) * bow
+    bite = upper + np.clip(0.5 * gap - 0.03, 0, 0.05) * bow  # teeth show only in a mouth that is well open
     teeth = np.concatenate([_points(0.85 * x, upper), _points(0.85 * x[:, ::-1], bite[:, ::-1])], 1)
     return {"lips": [outer], "inside": [inside], "teeth": [teeth], "seam": [_points(x, middle)]}
 

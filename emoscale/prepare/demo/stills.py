@@ -40,7 +40,8 @@ def still(rng: np.random.Generator, drawn: face.Face, name: str) -> np.ndarray:
     image = cv2.warpAffine(image, turn, (SIDE, SIDE), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     if rng.random() < 0.4:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 0.9))
-    light = image.astype(np.float32) * rng.uniform(0.75, 1.2) + rng.normal(0, rng.uniform(0.5, 3), image.shape)
+    light = image * np.float32(rng.uniform(0.75, 1.2))
+    light += rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(0.5, 3))
     return np.clip(light, 0, 255).astype(np.uint8)
 
 

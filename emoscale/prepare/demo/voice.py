@@ -102,17 +102,21 @@ def speak(who: Speaker, prosody: str, words: str, mouth: np.ndarray, rng: np.ran
     times = np.arange(steps, dtype=np.float32) * np.float32(0.01)
     pitch = who.pitch * raised * rng.uniform(0.94, 1.06) * 2 ** (_melody(rng, times, who.melody * span, slope) / 12)
     pitch *= 1 + jitter * rng.standard_normal(steps) + tremor * np.sin(2 * np.pi * rng.uniform(5, 7) * times)
-    samples = steps * RATE // 100
-    places = np.arange(samples, dtype=np.float32) * np.float32(100 / RATE)
-    knots = np.arange(steps, dtype=np.float32)
-    phase = np.cumsum(np.interp(places, knots, pitch) / RATE)
+    phase = np.cumsum(_stretched(pitch / RATE), dtype=np.float64)
     table = _pulse(int(np.clip(7000 // pitch.max(), 12, 60)))
-    source = table[((phase % 1.0) * len(table)).astype(np.int32)]
-    source += np.float32(breath * 6) * rng.standard_normal(samples, np.float32)
-    source *= np.interp(places, knots, mouth**0.8).astype(np.float32)
+    source = table[(phase * len(table)).astype(np.int64) % len(table)]
+    source += np.float32(breath * 6) * rng.standard_normal(len(source), np.float32)
+    source *= _stretched(mouth**0.8)
     sound = _shape(source, _filters(words, steps, who.tract, bright))
     wanted = LOUDNESS * 10 ** ((who.level + level + rng.uniform(-1.5, 1.5)) / 20)
     return np.tanh(sound * np.float32(wanted / max(float(np.sqrt(np.mean(sound * sound))), 1e-9)))
+
+
+def _stretched(curve: np.ndarray) -> np.ndarray:
+    """Give every sample of a curve of 10 ms steps, straight between them: float32 [n * 160]."""
+    curve = curve.astype(np.float32)
+    ramp = np.arange(RATE // 100, dtype=np.float32) * np.float32(100 / RATE)
+    return (curve[:, None] + np.diff(curve, append=curve[-1:])[:, None] * ramp).ravel()
 
 
 def _melody(rng: np.random.Generator, times: np.ndarray, semitones: float, slope: float) -> np.ndarray:
