@@ -59,7 +59,7 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 native: $(VENV)/.installed-dev
 	EMOSCALE_BUILD=1 $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .

@@ -23,7 +23,12 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in STAGES], ids=name_of)
 def test_config_loads_and_validates(path: Path) -> None:
-    loaded = config.load(schema(path.parent.name), path)
+    """What a file leaves to the command line, such as whose films, is given here."""
+    required = [key for key, _, default, _ in config.describe(schema(path.parent.name)) if default == "(required)"]
+    told = {key for key, _ in flat(OmegaConf.to_container(OmegaConf.load(path)))}
+    template = "extends:" not in path.read_text(encoding="utf-8")
+    given = [f"{key}=given" for key in required if template and key not in told]
+    loaded = config.load(schema(path.parent.name), path, given)
     assert type(loaded) is schema(path.parent.name)
 
 
