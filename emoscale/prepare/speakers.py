@@ -20,6 +20,8 @@ MOUTH_ROWS, MOUTH_COLUMNS = (0.62, 0.95), (0.25, 0.75)
 UPPER_ROWS, UPPER_COLUMNS = (0.15, 0.5), (0.2, 0.8)
 LEAST_FRAMES = 4
 FLOOR = 1e-4
+LIVELY_WEIGHT, LIVELY_FLOOR = 0.4, 1e-3
+"""Speech without pauses leaves little to correlate at 10 frames/s: there the livelier mouth must win over chance."""
 
 ONLY_FACE, SYNCHRONY, MOUTH_ONLY = "only face", "synchrony", "mouth motion only"
 NO_FACE, NO_SYNCHRONY, STILL_MOUTH = "no face", "no synchrony", "still mouth"
@@ -82,8 +84,10 @@ def choose_speaker(
             return Choice(None, 0.0, STILL_MOUTH)
         return Choice(0, 0.0, ONLY_FACE)
     evidence = [_evidence(track, voice, config.max_lag) for track in tracks]
-    liveliest = max(max(item.motion for item in evidence), FLOOR)
-    scores = np.array([(item.synchrony + 0.2 * item.motion / liveliest) * item.seen for item in evidence])
+    livelier = np.log(np.array([item.motion for item in evidence]) + LIVELY_FLOOR)
+    livelier = np.tanh(livelier - livelier.mean())  # against the other faces; the same for all says nothing
+    synchrony, seen = np.array([(item.synchrony, item.seen) for item in evidence]).T
+    scores = (synchrony + LIVELY_WEIGHT * livelier) * seen
     best = int(scores.argmax())
     if not voice.heard:
         return Choice(best, float(scores[best]), MOUTH_ONLY)
