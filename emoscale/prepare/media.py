@@ -71,7 +71,11 @@ def open_frames(media: Media, *, decoder: Decoder = "auto", max_height: int = 0,
         threads: of the decoder; 0 lets FFmpeg choose.
     """
     chosen = backend()[0] if decoder == "auto" else decoder
-    return TorchcodecFrames(media, max_height) if chosen == "torchcodec" else PyavFrames(media, max_height, threads)
+    return (
+        TorchcodecFrames(media, max_height, threads)
+        if chosen == "torchcodec"
+        else PyavFrames(media, max_height, threads)
+    )
 
 
 class _Stream:
@@ -195,41 +199,58 @@ class PyavFrames(_Stream):
 
 
 class TorchcodecFrames:
-    """Pictures through torchcodec, which needs the system's FFmpeg."""
+    """Pictures through torchcodec, which needs the system's FFmpeg.
 
-    def __init__(self, media: Media, max_height: int = 0) -> None:
-        from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
+    Some files that players show in full it does not read to the end (MPEG program streams): PyAV goes on there.
+    """
 
+    def __init__(self, media: Media, max_height: int = 0, threads: int = 0) -> None:
         self.media = media
-        self._max_height = max_height
-        try:
-            self._decoder = VideoDecoder(
-                str(media.path), stream_index=media.video, seek_mode="exact", dimension_order="NHWC"
-            )
-        except (RuntimeError, ValueError) as error:
-            raise DataError(f"{media.path}: not readable ({str(error).splitlines()[0]})") from error
+        self._max_height, self._threads = max_height, threads
+        self._rest: PyavFrames | None = None
+        self._open()
 
     def at(self, times: Iterable[float]) -> Iterator[tuple[float, np.ndarray]]:
         """Give (time, uint8 [h, w, 3] RGB) for each time at which the file shows a picture."""
-        about = self._decoder.metadata
-        begin, end = float(about.begin_stream_seconds or 0), float(about.end_stream_seconds or 0)
         for time in times:
-            stamp = time + self.media.origin
-            if stamp < begin - 0.1 or stamp >= end:
-                continue
-            try:
-                frame = self._decoder.get_frame_played_at(max(stamp, begin))
-            except (RuntimeError, IndexError) as error:
-                raise DataError(
-                    f"{self.media.path}: stops being readable at {time:.2f} s ({str(error).splitlines()[0]})"
-                ) from error
-            yield time, self._scaled(frame.data.numpy())
+            if self._rest is None:
+                try:
+                    image = self._shown(time)
+                except (RuntimeError, IndexError):
+                    self._rest = PyavFrames(self.media, self._max_height, self._threads)
+                else:
+                    if image is not None:
+                        yield time, image
+                    continue
+            yield from self._rest.at([time])
 
     def close(self) -> None:
         """Give the file back."""
-        del self._decoder
+        self._decoder = None
+        if self._rest is not None:
+            self._rest.close()
 
-    def _scaled(self, image: np.ndarray) -> np.ndarray:
+    def _open(self) -> None:
+        from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
+
+        path, stream = str(self.media.path), self.media.video
+        self._decoder: Any = None
+        self._begin = self._end = 0.0
+        try:
+            self._decoder = VideoDecoder(
+                path, stream_index=stream, dimension_order="NHWC", num_ffmpeg_threads=self._threads, seek_mode="exact"
+            )
+        except (RuntimeError, ValueError):
+            self._rest = PyavFrames(self.media, self._max_height, self._threads)
+            return
+        about = self._decoder.metadata
+        self._begin, self._end = float(about.begin_stream_seconds or 0), float(about.end_stream_seconds or 0)
+
+    def _shown(self, time: float) -> np.ndarray | None:
+        stamp = time + self.media.origin
+        if stamp < self._begin - 0.1 or stamp >= self._end:
+            return None
+        image = self._decoder.get_frame_played_at(max(stamp, self._begin)).data.numpy()
         if not self._max_height or image.shape[0] <= self._max_height:
             return image
         height, width = self._max_height, round(image.shape[1] * self._max_height / image.shape[0])

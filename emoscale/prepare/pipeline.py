@@ -115,7 +115,7 @@ class Summary:
         return "\n".join([*text, *self.lines])
 
 
-class SkippedInputs(DataError):
+class SkippedInputsError(DataError):
     """More inputs were skipped than `max_failures` allows; everything else is written."""
 
     def __init__(self, message: str, summary: Summary) -> None:
@@ -129,7 +129,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
 
     Raises:
         ConfigError: the configuration cannot be run.
-        SkippedInputs: more inputs than `max_failures` were skipped; all else is written.
+        SkippedInputsError: more inputs than `max_failures` were skipped; all else is written.
         DataError: there is nothing to prepare, or inputs do not fit together.
     """
     source, output = Path(config.source), Path(config.output)
@@ -158,7 +158,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
         summary.notes = notes_of(summary.ledger)
     if len(summary.failures) > config.max_failures:
         path, reason = summary.failures[0]
-        raise SkippedInputs(
+        raise SkippedInputsError(
             f"{len(summary.failures)} of {len(sources)} inputs were skipped, max_failures is {config.max_failures}; "
             f"first {path}: {reason} "
             f"(all in {summary.ledger}; mend them and run again, only they are retried)",

@@ -143,3 +143,10 @@ def test_torchcodec_shows_the_same_frames(film, tmp_path):
     assert [time for time, _ in ours] == [time for time, _ in theirs]
     for (_, a), (_, b) in zip(ours, theirs, strict=True):
         assert np.abs(a.astype(int) - b.astype(int)).max() <= 6  # two conversions from YUV
+
+
+@pytest.mark.skipif(media.backend()[0] != "torchcodec", reason=media.backend()[1])
+def test_what_torchcodec_does_not_read_pyav_does(shared):
+    found = probe(shared / "av/grid/s1_bbwtzp.mpg")
+    asked = [i / 10 for i in range(30)]
+    assert [time for time, _ in TorchcodecFrames(found).at(asked)] == asked

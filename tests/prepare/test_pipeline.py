@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from emoscale.config import ConfigError, DataError, load
-from emoscale.prepare.pipeline import PrepareConfig, SkippedInputs, Summary, prepare
+from emoscale.prepare.pipeline import PrepareConfig, SkippedInputsError, Summary, prepare
 from emoscale.prepare.shards import read_utterances, verify
 
 ROOT = Path(__file__).parents[2]
@@ -175,7 +175,7 @@ def break_subtitles(films: Path) -> None:
 )  # fmt: skip
 def test_a_bad_input_is_skipped_with_its_reason_and_retried_alone(films, film, write_srt, tmp_path, damage, reason):
     damage(films)
-    with pytest.raises(SkippedInputs, match=rf"1 of 6 inputs were skipped.*s0/film_2\.mp4.*({reason})") as caught:
+    with pytest.raises(SkippedInputsError, match=rf"1 of 6 inputs were skipped.*s0/film_2\.mp4.*({reason})") as caught:
         run(films, tmp_path / "out")
     assert caught.value.summary.counts["files"] == 5
     row = ledger(tmp_path / "out")["s0/film_2.mp4"]
