@@ -84,6 +84,7 @@ def test_a_second_run_does_nothing(films, tmp_path):
     assert hashes(tmp_path / "out") == before
 
 
+@pytest.mark.slow  # starts processes that import torch
 def test_any_number_of_processes_gives_the_same_bytes(films, tmp_path):
     run(films, tmp_path / "one")
     seen = []
@@ -94,6 +95,7 @@ def test_any_number_of_processes_gives_the_same_bytes(films, tmp_path):
     assert seen == [(i, 6, "done") for i in range(1, 7)]
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_kill_minus_nine_and_resume(films, tmp_path):
     output = tmp_path / "killed"
