@@ -30,7 +30,11 @@ def run(tmp_path: Path, required: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PATH": str(tmp_path / "bin"), "EMOSCALE_REQUIRE": required, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
     return subprocess.run(
-        [*command, "--rootdir", str(tmp_path), str(tmp_path)], capture_output=True, text=True, env=environment, cwd=tmp_path
+        [*command, "--rootdir", str(tmp_path), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
     )
 
 
