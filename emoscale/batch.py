@@ -67,14 +67,14 @@ class Utterance:
 
     def record(self) -> dict[str, Any]:
         """Give the row that an MDS writer takes."""
-        row = {name: getattr(self, name) for name in COLUMNS if name != "label"}
+        row = {name: _stored(getattr(self, name)) for name in COLUMNS if name != "label"}
         return row | {"label": json.dumps(self.label, sort_keys=True)}
 
     @classmethod
     def from_record(cls, row: dict[str, Any]) -> Utterance:
         """Read a row of an MDS shard back."""
         label = json.loads(row["label"]) if row.get("label") else {}
-        return cls(**{name: row[name] for name in COLUMNS if name != "label"}, label=label)
+        return cls(**{name: _restored(row[name]) for name in COLUMNS if name != "label"}, label=label)
 
 
 @dataclass
@@ -156,6 +156,19 @@ class Batch:
     def without_targets(self) -> Batch:
         """Give the same batch with nothing to predict: every module runs, the loss is zero."""
         return replace(self, targets={name: Targets(t.rows[:0], t.values[:0]) for name, t in self.targets.items()})
+
+
+def _stored(value: Any) -> Any:
+    """MDS refuses arrays without elements: such a one is stored as zeros with one more row and column and a third axis."""
+    if isinstance(value, np.ndarray) and value.size == 0:
+        return np.zeros((value.shape[0] + 1, value.shape[1] + 1, 1), value.dtype)
+    return value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.ndim == 3:
+        return np.zeros((value.shape[0] - 1, value.shape[1] - 1), value.dtype)
+    return value
 
 
 def _moved(value: Any, device: torch.device | str, non_blocking: bool) -> Any:

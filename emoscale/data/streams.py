@@ -110,6 +110,23 @@ class Joined:
         return self.parts[part][int(number - self._firsts[part])]
 
 
+class Selected:
+    """The utterances of a corpus whose id begins with a prefix, such as one folder of films (reads every record once)."""
+
+    def __init__(self, source: Utterances, prefix: str) -> None:
+        self.source = source
+        self.manifest = source.manifest
+        self._numbers = [number for number in range(len(source)) if source[number].id.startswith(prefix)]
+        if not self._numbers:
+            raise DataError(f"data.only: no utterance's id begins with {prefix!r}; ids look like {source[0].id!r}")
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, number: int) -> Utterance:
+        return self.source[self._numbers[number]]
+
+
 class Shuffled:
     """A control corpus: text, face and voice of each utterance come from three different utterances, always the same three."""
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from emoscale.objectives.base import Objective, Sizes
+from emoscale.objectives.base import Objective
 from emoscale.objectives.masked_acoustic import MaskedAcoustic
 from emoscale.objectives.masked_text import MaskedText
 from emoscale.objectives.masked_visual import MaskedVisual
-from emoscale.objectives.model import PretrainModel, encode
 from emoscale.objectives.visual_emotion import VisualEmotion
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -16,4 +15,4 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "visual_emotion": VisualEmotion,
 }
 
-__all__ = ["OBJECTIVES", "Objective", "PretrainModel", "Sizes", "encode"]
+__all__ = ["OBJECTIVES", "Objective"]

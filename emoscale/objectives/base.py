@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-
-from emoscale.batch import Batch
-from emoscale.models.unified import UnifiedTransformer
+from emoscale.models.task import Sizes, Task
 
 
-class Objective(nn.Module, ABC):
+class Objective(Task):
     """One term of the pre-training loss, with the head that serves it alone.
 
     A subclass says which modality it withholds; the masking plan lists its rows in `batch.targets[name]`.
@@ -45,22 +40,5 @@ class Objective(nn.Module, ABC):
             if self.span < 1:
                 raise ValueError(f"span: {self.span} is not ≥ 1")
 
-    def __init__(self, config: Any, backbone: UnifiedTransformer, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-
-    @abstractmethod
-    def forward(
-        self, hidden: Float[Tensor, "m d"], values: Int[Tensor, " m"], batch: Batch, backbone: UnifiedTransformer
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Give the loss summed over the masked units, and sums worth plotting (each is divided by the global count)."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Widths an objective's head may need."""
-
-    vocabulary: int
-    visual: int
-    acoustic: int
-    expressions: int
-    """Classes of the expression teacher; 0 = no teacher."""

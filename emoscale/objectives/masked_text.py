@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from emoscale.batch import Batch
+from emoscale.batch import Batch, Targets
 from emoscale.models.embedders import LAYER_NORM_EPS
+from emoscale.models.task import Sizes
 from emoscale.models.unified import UnifiedTransformer, initialise
-from emoscale.objectives.base import Objective, Sizes
+from emoscale.objectives.base import Objective
 
 
 class MaskedText(Objective):
@@ -23,10 +22,10 @@ class MaskedText(Objective):
 
     modality = "text"
 
-    def __init__(self, config: Any, backbone: UnifiedTransformer, sizes: Sizes) -> None:
-        super().__init__(config, backbone, sizes)
-        self.transform = nn.Linear(backbone.width, backbone.width)
-        self.norm = nn.LayerNorm(backbone.width, eps=LAYER_NORM_EPS)
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        self.transform = nn.Linear(sizes.width, sizes.width)
+        self.norm = nn.LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
         self.bias = nn.Parameter(torch.zeros(sizes.vocabulary))
         self.apply(initialise)
 
@@ -35,9 +34,9 @@ class MaskedText(Objective):
         return functional.linear(self.norm(functional.gelu(self.transform(hidden))), words, self.bias)
 
     def forward(
-        self, hidden: Float[Tensor, "m d"], values: Int[Tensor, " m"], batch: Batch, backbone: UnifiedTransformer
+        self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """See `Objective.forward`; `values` are the true token ids."""
-        logits = self.logits(hidden, backbone.text.words.weight).float()
-        loss = functional.cross_entropy(logits, values, reduction="sum")
-        return loss, {"accuracy": (logits.argmax(-1) == values).sum()}
+        """See `Task.forward`; the values are the true token ids."""
+        logits = self.logits(hidden.index_select(0, targets.rows), backbone.text.words.weight).float()
+        loss = functional.cross_entropy(logits, targets.values, reduction="sum")
+        return loss, {"accuracy": (logits.argmax(-1) == targets.values).sum()}

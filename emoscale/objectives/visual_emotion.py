@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from emoscale.batch import Batch
+from emoscale.batch import Batch, Targets
 from emoscale.kernels import masked_kl
 from emoscale.models.embedders import LAYER_NORM_EPS
+from emoscale.models.task import Sizes
 from emoscale.models.unified import UnifiedTransformer, initialise
-from emoscale.objectives.base import Objective, Sizes
+from emoscale.objectives.base import Objective
 
 
 class VisualEmotion(Objective):
@@ -24,18 +23,19 @@ class VisualEmotion(Objective):
 
     modality = "visual"
 
-    def __init__(self, config: Any, backbone: UnifiedTransformer, sizes: Sizes) -> None:
-        super().__init__(config, backbone, sizes)
-        self.transform = nn.Linear(backbone.width, backbone.width)
-        self.norm = nn.LayerNorm(backbone.width, eps=LAYER_NORM_EPS)
-        self.classify = nn.Linear(backbone.width, sizes.expressions)
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        self.transform = nn.Linear(sizes.width, sizes.width)
+        self.norm = nn.LayerNorm(sizes.width, eps=LAYER_NORM_EPS)
+        self.classify = nn.Linear(sizes.width, sizes.expressions)
         self.apply(initialise)
 
     def forward(
-        self, hidden: Float[Tensor, "m d"], values: Int[Tensor, " m"], batch: Batch, backbone: UnifiedTransformer
+        self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """See `Objective.forward`; `values` are rows of `batch.visual_emotion`."""
-        logits = self.classify(self.norm(functional.gelu(self.transform(hidden))))
-        loss, _ = masked_kl(logits, batch.visual_emotion, values)
-        truth = batch.visual_emotion.index_select(0, values)
+        """See `Task.forward`; the values are rows of `batch.visual_emotion`."""
+        rows = hidden.index_select(0, targets.rows)
+        logits = self.classify(self.norm(functional.gelu(self.transform(rows))))
+        loss, _ = masked_kl(logits, batch.visual_emotion, targets.values)
+        truth = batch.visual_emotion.index_select(0, targets.values)
         return loss, {"agreement": (logits.argmax(-1) == truth.argmax(-1)).sum()}

@@ -1,12 +1,12 @@
 """Checkpoints that cannot hurt: written aside, hashed, verified, renamed; `latest` moves last.
 
-    step_00000100/
-      manifest.json          sha256 of every other file; written last
-      state.json             step, world, and what else the run needs to go on
-      weights.safetensors    fp32 master weights by parameter name, whole: any world and ZeRO stage can load them
-      moments.safetensors    optimizer moments, likewise
-      rng_00000.safetensors  random state of each rank (used again where the world is the same)
-      assets/                tokenizer, expression teacher and corpus manifest: what a model needs outside its run
+step_00000100/
+manifest.json          sha256 of every other file; written last
+state.json             step, world, and what else the run needs to go on
+weights.safetensors    fp32 master weights by parameter name, whole: any world and ZeRO stage can load them
+moments.safetensors    optimizer moments, likewise
+rng_00000.safetensors  random state of each rank (used again where the world is the same)
+assets/                tokenizer, expression teacher and corpus manifest: what a model needs outside its run
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -102,7 +102,7 @@ class Engine:
         self.module: nn.Module = self.engine.module
         self._make_moments()
         if self.plain:
-            self._base().register_step_pre_hook(_measure_norm)
+            self._base().register_step_pre_hook(_clipping(optim.clip))
 
     def forward(self, *inputs: Any) -> Any:
         """Run the model."""
@@ -195,7 +195,8 @@ class Engine:
 
     def _make_moments(self) -> None:
         """Give every partition its moments now: DeepSpeed links them to parameters once, after the first group's first step,
-        when the other groups have none yet, and restoring a checkpoint needs them before any step."""
+        when the other groups have none yet, and restoring a checkpoint needs them before any step.
+        """
         partitions = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)
         if partitions is None:
             partitions = [value for group in self._base().param_groups for value in group["params"]]
@@ -240,7 +241,7 @@ def _deepspeed_config(optim: OptimConfig, zero: ZeroConfig, precision: str) -> d
         "gradient_accumulation_steps": 1,
         # The number of micro-batches follows the tokens of each step, so the caller owns the boundary.
         "managed_gradient_accumulation": False,
-        "gradient_clipping": optim.clip or NO_CLIPPING,
+        "gradient_clipping": 0.0 if zero.stage == 0 and precision == "fp32" else optim.clip or NO_CLIPPING,
         "zero_optimization": stage,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -252,10 +253,17 @@ def _deepspeed_config(optim: OptimConfig, zero: ZeroConfig, precision: str) -> d
     }
 
 
-def _measure_norm(optimizer: Any, *_: Any) -> None:
-    """Leave the norm of the reduced gradients where DeepSpeed looks for it; without ZeRO it measures none in fp32."""
-    grads = [value.grad for group in optimizer.param_groups for value in group["params"] if value.grad is not None]
-    optimizer._global_grad_norm = nn.utils.get_total_norm(grads)
+def _clipping(limit: float) -> Callable[..., None]:
+    """Give a hook that measures, leaves where DeepSpeed looks for it, and limits the norm of the reduced gradients.
+
+    In fp32 without ZeRO, DeepSpeed reports no norm.
+    """
+
+    def clip(optimizer: Any, *_: Any) -> None:
+        values = [value for group in optimizer.param_groups for value in group["params"]]
+        optimizer._global_grad_norm = nn.utils.clip_grad_norm_(values, limit or NO_CLIPPING)
+
+    return clip
 
 
 def _optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
@@ -276,5 +284,7 @@ def _import_deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its shared-memory collectives for CPUs are compiled at first use (half a minute); gloo serves as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)
     return deepspeed

@@ -27,8 +27,8 @@ class Hooks:
     learning_rate: Callable[[int], float]
     track: Callable[[dict[str, Any]], None]
     save: Callable[[int], None]
-    preempted: Callable[[], str]
-    """Name of a signal this rank has received, or empty."""
+    stop: Callable[[], str]
+    """Why this rank wants to stop after this step (a signal, early stopping), or empty."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Result:
 
 
 def train(
-    engine: Engine, steps: Iterator[StepData], objectives: list[str], hooks: Hooks, *, first: int, last: int, log_every: int, save_every: int,
+    engine: Engine, steps: Iterator[StepData], tasks: list[str], hooks: Hooks, *, first: int, last: int, log_every: int, save_every: int,
     max_nonfinite: int,
 ) -> Result:
     """Run the steps first … last − 1.
@@ -56,9 +56,9 @@ def train(
     ranks = torch.distributed.get_world_size()
     for data in steps:
         ready = time.perf_counter()
-        counts = _global_counts(data, objectives)
+        counts = _global_counts(data, tasks)
         micro_batches = int(distributed.reduce_max([float(len(data.batches))])[0])
-        scales = {name: ranks / max(counts[name], MIN_COUNT) for name in objectives}
+        scales = {name: ranks / max(counts[name], MIN_COUNT) for name in tasks}
         sums: dict[str, torch.Tensor] = {}
         for i in range(micro_batches):
             batch = data.batches[i] if i < len(data.batches) else data.batches[0].without_targets()
@@ -76,17 +76,17 @@ def train(
             row = _row(data, sums, counts, engine, lr, outcome.grad_norm, outcome.applied, ready - asked, time.perf_counter() - asked)
             hooks.track(row)
         asked = time.perf_counter()
-        signal = distributed.reduce_max([1.0 if hooks.preempted() else 0.0])[0] > 0
-        if done % save_every == 0 or done == last or signal:
+        stopping = distributed.reduce_max([1.0 if hooks.stop() else 0.0])[0] > 0
+        if done % save_every == 0 or done == last or stopping:
             hooks.save(done)
-        if signal:
-            return Result(done, done == last, f"a signal ({hooks.preempted() or 'on another rank'})")
+        if stopping:
+            return Result(done, done == last, hooks.stop() or "asked by another rank")
     return Result(last, True, "all steps done")
 
 
-def _global_counts(data: StepData, objectives: list[str]) -> dict[str, float]:
-    local = [float(sum(batch.targets[name].count for batch in data.batches)) for name in objectives]
-    return dict(zip(objectives, distributed.reduce_sum(local), strict=True))
+def _global_counts(data: StepData, tasks: list[str]) -> dict[str, float]:
+    local = [float(sum(batch.targets[name].count for batch in data.batches)) for name in tasks]
+    return dict(zip(tasks, distributed.reduce_sum(local), strict=True))
 
 
 def _row(
@@ -101,7 +101,7 @@ def _row(
     waited, took = distributed.reduce_max([waited, took])
     means = {name: total / max(counts[name.split("/")[0]], MIN_COUNT) for name, total in zip(names, totals, strict=True)}
     losses = {name: value for name, value in means.items() if "/" not in name}
-    weights: dict[str, float] = engine.module.weights  # type: ignore[assignment]  # a PretrainModel always has them
+    weights: dict[str, float] = engine.module.weights  # type: ignore[assignment]  # a TaskModel always has them
     row: dict[str, Any] = {
         "step": data.step + 1,
         "loss": sum(weights[name] * value for name, value in losses.items()),

@@ -1,0 +1,94 @@
+"""Backbone and tasks as one module: one forward computes everything."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from emoscale.batch import Batch, Targets
+from emoscale.models.unified import UnifiedTransformer
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths a task's head may need."""
+
+    width: int
+    """Width of a token."""
+    vocabulary: int
+    visual: int
+    acoustic: int
+    expressions: int = 0
+    """Classes of the expression teacher; 0 = no teacher."""
+
+
+class Task(nn.Module, ABC):
+    """One term of a loss with the head that serves it: a pre-training objective or a fine-tuning head.
+
+    What it must predict stands in `batch.targets[name]`.
+    """
+
+    @abstractmethod
+    def forward(
+        self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Give the loss summed over the targets, and sums worth plotting (each is divided by the global count of targets)."""
+
+
+class TaskModel(nn.Module):
+    """The unified transformer with its tasks.
+
+    Every embedder and every task runs in every forward, on zero rows where there is nothing to do: ranks that touch
+    different parameters make ZeRO-1/2 silently wrong and ZeRO-3 hang.
+
+    Args:
+        backbone: the transformer.
+        tasks: by name, in a fixed order.
+        weights: factor on each task's mean loss.
+    """
+
+    def __init__(self, backbone: UnifiedTransformer, tasks: dict[str, Task], weights: dict[str, float]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tasks = nn.ModuleDict(tasks)
+        self.weights = weights
+
+    def forward(self, batch: Batch, scales: dict[str, float]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Give the micro-batch's share of the loss, and detached sums per task.
+
+        Args:
+            batch: packed micro-batch.
+            scales: per task, what its summed loss is multiplied by (ranks / global count of targets), so that the mean over
+                ranks of the summed micro-batches is the global mean over targets.
+        """
+        hidden = encode(self.backbone, batch)
+        total = hidden.new_zeros(()).float()
+        sums: dict[str, Tensor] = {}
+        for name, task in self.tasks.items():
+            loss, extra = task(hidden, batch.targets[name], batch, self.backbone)
+            total = total + loss * (scales[name] * self.weights[name])
+            sums[name] = loss.detach()
+            sums |= {f"{name}/{key}": value.detach() for key, value in extra.items()}
+        return total, sums
+
+
+def encode(backbone: UnifiedTransformer, batch: Batch) -> Float[Tensor, "t d"]:
+    """Run the transformer on a packed batch."""
+    return backbone(
+        text=batch.text,
+        text_rows=batch.text_rows,
+        text_positions=batch.text_positions,
+        visual=batch.visual,
+        visual_rows=batch.visual_rows,
+        visual_positions=batch.visual_positions,
+        visual_masked=batch.visual_masked,
+        acoustic=batch.acoustic,
+        acoustic_rows=batch.acoustic_rows,
+        acoustic_positions=batch.acoustic_positions,
+        acoustic_masked=batch.acoustic_masked,
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+    )

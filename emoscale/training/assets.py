@@ -1,0 +1,30 @@
+"""What a model needs outside its run: its shape, tokenizer, feature constants and the preprocessing that made its features."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from emoscale.config import to_dict
+from emoscale.training.build import Built
+
+
+def write_assets(folder: Path, built: Built, config: Any) -> None:
+    """Write a run's assets, once; checkpoints and exported models carry copies.
+
+    Args:
+        config: the `RunConfig`; its first corpus gives manifest and expression teacher.
+    """
+    if (folder / "model.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    built.encoder.text.tokenizer.save_pretrained(folder / "tokenizer")
+    corpus = Path(config.data.corpora[0])
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    (folder / "corpus.json").write_text(json.dumps({key: value for key, value in manifest.items() if key != "shards"}, indent=1))
+    if (corpus / "teacher").is_dir():
+        shutil.copytree(corpus / "teacher", folder / "teacher", dirs_exist_ok=True)
+    described = {"shape": built.shape, "data": to_dict(config.data), "objectives": sorted(built.model.tasks)}
+    (folder / "model.json").write_text(json.dumps(described, indent=1, sort_keys=True))

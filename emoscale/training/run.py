@@ -1,0 +1,292 @@
+"""Pre-training, from one configuration to a run folder, in any world."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import MISSING
+
+from emoscale import distributed
+from emoscale.config import ConfigError, DataError, EmoscaleError, differences, to_dict, to_yaml
+from emoscale.data.collate import Encoder
+from emoscale.data.loader import Steps
+from emoscale.data.streams import Corpus, Joined, Order, Selected, Shuffled, Utterances
+from emoscale.data.synthetic import Synthetic
+from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
+from emoscale.models.config import ModelConfig
+from emoscale.training import checkpoint
+from emoscale.training.assets import write_assets
+from emoscale.training.build import Built, build
+from emoscale.training.engine import Engine, OptimConfig, ZeroConfig
+from emoscale.training.environment import environment, open_log
+from emoscale.training.loop import Hooks, Result, train
+from emoscale.training.schedule import learning_rate
+from emoscale.training.signals import Preemption
+from emoscale.training.track import Backend, trackers
+
+log = logging.getLogger("emoscale")
+
+
+@dataclass
+class DataConfig:
+    """What is read and how it is cut into batches."""
+
+    corpora: list[str] = MISSING
+    """Folders that `emoscale prepare` wrote."""
+    only: str = ""
+    """Train on the utterances whose id begins with this alone (`pretrain/`); empty = on all."""
+    tokenizer: str = ""
+    """Hugging Face id or folder; empty = the tokenizer that stands in the first corpus."""
+    max_text: int = 30
+    """Word pieces per utterance at most; longer texts are cut."""
+    max_visual: int = 0
+    """Face frames per utterance at most; 0 = as prepared."""
+    max_acoustic: int = 0
+    """Voice frames per utterance at most; 0 = as prepared."""
+    global_batch: int = 640
+    """Utterances per optimizer step, over all ranks."""
+    max_tokens: int = 16_384
+    """Packed tokens per micro-batch and rank at most."""
+    workers: int = 2
+    """Processes per rank that read ahead; 0 = read in the training process."""
+    task_mix: Literal["per_utterance", "per_step"] = "per_utterance"
+    """Whether each utterance or each step draws its objective (`per_step` is MEmoBERT's code)."""
+    shuffle_modalities: bool = False
+    """Control: text, face and voice come from three different utterances, always the same three."""
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        if self.global_batch < 1 or self.max_tokens < 256 or self.max_text < 1 or self.workers < 0:
+            raise ValueError(
+                f"global_batch: global_batch={self.global_batch} (≥ 1), max_tokens={self.max_tokens} (≥ 256), "
+                f"max_text={self.max_text} (≥ 1), workers={self.workers} (≥ 0)"
+            )
+
+
+@dataclass
+class LoopConfig:
+    """The run itself."""
+
+    output: str = MISSING
+    """Run folder; a run that stands there is resumed."""
+    steps: int = 40_000
+    """Optimizer steps."""
+    seed: int = 1234
+    """Of initialisation, order, masks and dropout."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """`bf16` keeps fp32 master weights."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    max_nonfinite: int = 10
+    """Steps in a row whose gradients may be non-finite before the run stops."""
+    signal: str = "USR1"
+    """Signal that asks for save and exit, besides SIGTERM."""
+    track: list[Backend] = field(default_factory=list)
+    """Trackers besides metrics.jsonl."""
+    threads: int = 0
+    """CPU threads per rank; 0 = torch's choice."""
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        for name in ("steps", "log_every", "save_every", "keep", "max_nonfinite"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not ≥ 1")
+
+
+def _memobert_objectives() -> dict[str, Any]:
+    return {"masked_text": {"mix": 2.0}, "masked_acoustic": {}, "masked_visual": {}, "visual_emotion": {}}
+
+
+@dataclass
+class RunConfig:
+    """A pre-training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objectives: dict[str, Any] = field(default_factory=_memobert_objectives)
+    """Objective name → its options (mix, weight, ratio, span, whole_word); `mix: 0` turns one off."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    run: LoopConfig = field(default_factory=LoopConfig)
+
+    def validate(self) -> None:
+        """Check what concerns several sections."""
+        if self.run.precision == "bf16" and self.zero.stage == 0:
+            raise ValueError("zero.stage: bf16 keeps fp32 master weights, which DeepSpeed has from stage 1 on; use zero.stage=1")
+
+
+def pretrain(config: RunConfig) -> Path:
+    """Train, or go on where the run folder's newest whole checkpoint stands; give the last checkpoint.
+
+    Raises:
+        ConfigError: the run folder belongs to another configuration (the differences are printed).
+        DataError: a corpus cannot be read.
+        EmoscaleError: training cannot go on.
+    """
+    world = distributed.init()
+    folder = Path(config.run.output)
+    latest = _open_folder(folder, config, world)
+    preemption = Preemption(config.run.signal)
+    corpus = open_corpus(config.data, config.run.seed)
+    built = _build(config, corpus, world)
+    state = checkpoint.load(latest) if latest is not None else None
+    if state is not None:
+        built.model.load_state_dict(state.weights)
+    engine = Engine(built.model, config.optim, config.zero, config.run.precision)
+    first = 0
+    if state is not None and latest is not None:
+        _check_vocabulary(state.meta, built)
+        engine.load_state(state.weights, state.moments, state.optimizer_steps)
+        checkpoint.restore_random_state(latest, world, state.meta["world"])
+        first = state.step
+    result = _train(config, engine, built, corpus, world, folder, first)(preemption)
+    newest = checkpoint.find_latest(folder / "checkpoints")
+    assert newest is not None
+    _finish(folder, world, result)
+    return newest
+
+
+def check(config: RunConfig) -> None:
+    """Validate everything and run one step on synthetic utterances, in fp32 and without a GPU."""
+    distributed.init()
+    corpus = open_corpus(config.data, config.run.seed)
+    built = _build(config, corpus, distributed.World())
+    emotion = corpus.manifest["visual_emotion"]
+    synthetic = Synthetic(
+        16, visual_width=corpus.manifest["visual"]["width"], acoustic_width=corpus.manifest["acoustic"]["width"],
+        expressions=len(emotion["classes"]) if emotion else 0,
+    )
+    steps = Steps(synthetic, Order(16, 0), built.encoder, built.plan, global_batch=8, max_tokens=config.data.max_tokens, rank=0, world=1)
+    for batch in steps[0].batches:
+        loss, _ = built.model(batch, dict.fromkeys(built.model.tasks, 1.0))
+        loss.backward()
+        if not bool(loss.isfinite()):
+            raise EmoscaleError("the loss of one step on synthetic data is not finite; look at model.* and objectives.*")
+
+
+def open_corpus(data: DataConfig, seed: int) -> Utterances:
+    """Open every corpus of a configuration behind one numbering."""
+    for name in data.corpora:
+        if not Path(name).is_dir():
+            raise ConfigError(f"data.corpora: {name} does not exist; `emoscale prepare` makes a corpus")
+    if not data.corpora:
+        raise ConfigError("data.corpora: empty; name at least one folder that `emoscale prepare` wrote")
+    parts = [Corpus(name) for name in data.corpora]
+    corpus: Utterances = parts[0] if len(parts) == 1 else Joined(parts)
+    corpus = Selected(corpus, data.only) if data.only else corpus
+    return Shuffled(corpus, seed) if data.shuffle_modalities else corpus
+
+
+def make_encoder(data: DataConfig, corpus: Utterances, tokenizer: Any) -> Encoder:
+    """Give what turns stored utterances into packed ones for this corpus."""
+    emotion = corpus.manifest.get("visual_emotion")
+    return Encoder(
+        TextEncoder(tokenizer, data.max_text),
+        Features.from_manifest(corpus.manifest["visual"], data.max_visual),
+        Features.from_manifest(corpus.manifest["acoustic"], data.max_acoustic),
+        len(emotion["classes"]) if emotion else 0,
+    )
+
+
+def _build(config: RunConfig, corpus: Utterances, world: distributed.World) -> Built:
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+    tokenizer = load_tokenizer(config.data.tokenizer, Path(config.data.corpora[0]))
+    encoder = make_encoder(config.data, corpus, tokenizer)
+    built = build(config.model, config.objectives, encoder, seed=config.run.seed, per_step=config.data.task_mix == "per_step")
+    # Dropout differs between ranks; everything drawn before this line is the same on all.
+    torch.manual_seed(config.run.seed + 1 + world.rank)
+    if config.data.global_batch < world.size:
+        raise ConfigError(f"data.global_batch: {config.data.global_batch} utterances cannot be shared by {world.size} ranks")
+    return built
+
+
+def _train(config: RunConfig, engine: Engine, built: Built, corpus: Utterances, world: distributed.World, folder: Path, first: int) -> Any:
+    """Set up everything around the loop; calling the result with the preemption runs it."""
+    loop, optim = config.run, config.optim
+    if world.is_main:
+        write_assets(folder / "assets", built, config)
+    distributed.barrier()
+    steps = Steps(
+        corpus, Order(len(corpus), loop.seed), built.encoder, built.plan,
+        global_batch=config.data.global_batch, max_tokens=config.data.max_tokens, rank=world.rank, world=world.size,
+    )
+    outputs = trackers(folder, first, loop.track, to_dict(config)) if world.is_main else []
+
+    def save(step: int) -> None:
+        state = checkpoint.State(step, *engine.state(), meta={"vocabulary": built.shape["vocabulary"], "seed": loop.seed})
+        checkpoint.save(folder / "checkpoints", state, world, folder / "assets", keep=loop.keep)
+
+    def track(row: dict[str, Any]) -> None:
+        for output in outputs:
+            output.log(row)
+        if world.is_main:
+            log.info("step %d/%d loss %.4f lr %.2e %.0f utterances/s", row["step"], loop.steps, row["loss"], row["lr"], row["utterances_per_s"])
+
+    def run(preemption: Preemption) -> Result:
+        hooks = Hooks(
+            lambda step: learning_rate(step, peak=optim.lr, warmup=optim.warmup, total=loop.steps, shape=optim.schedule),
+            track, save, lambda: preemption.received,
+        )
+        engine.module.train()
+        data = steps.iterate(first, loop.steps, workers=config.data.workers)
+        try:
+            return train(
+                engine, data, list(built.model.tasks), hooks, first=first, last=loop.steps, log_every=loop.log_every,
+                save_every=loop.save_every, max_nonfinite=loop.max_nonfinite,
+            )
+        finally:
+            for output in outputs:
+                output.close()
+
+    return run
+
+
+def _open_folder(folder: Path, config: RunConfig, world: distributed.World) -> Path | None:
+    """Write what tells the run apart; give the checkpoint to go on from, None for a new run."""
+    latest = checkpoint.find_latest(folder / "checkpoints")
+    told = folder / "config.json"
+    mine = {key: value for key, value in to_dict(config).items()}
+    if latest is not None and told.is_file():
+        changed = [line for line in differences(json.loads(told.read_text()), mine) if not line.startswith(RESUMABLE)]
+        if changed:
+            raise ConfigError(f"{folder}: holds a run with another configuration ({'; '.join(changed)}); choose another run.output")
+    distributed.barrier()
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "done.json").unlink(missing_ok=True)
+        told.write_text(json.dumps(mine, indent=1))
+        (folder / "config.yaml").write_text(to_yaml(config))
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+        open_log(folder / "train.log")
+        log.info("%s: %s", folder, f"goes on from {latest.name}" if latest else "a new run")
+    distributed.barrier()
+    return latest
+
+
+RESUMABLE = ("data.corpora", "data.max_tokens", "data.workers", "zero.", "run.output", "run.log_every", "run.save_every", "run.keep", "run.track",
+             "run.signal", "run.threads", "run.max_nonfinite")
+"""Keys that may change when a run goes on: they do not change what is computed (`zero` and `max_tokens` up to rounding)."""
+
+
+def _check_vocabulary(meta: dict[str, Any], built: Built) -> None:
+    if meta["vocabulary"] != built.shape["vocabulary"]:
+        raise DataError(f"the checkpoint's tokenizer has {meta['vocabulary']} pieces, this one {built.shape['vocabulary']}; nothing was loaded")
+
+
+def _finish(folder: Path, world: distributed.World, result: Result) -> None:
+    if world.is_main:
+        log.info("stopped after step %d: %s", result.step, result.reason)
+        ended = {"step": result.step, "finished": result.finished, "reason": result.reason, "time": time.time()}
+        (folder / "done.json").write_text(json.dumps(ended))
