@@ -84,6 +84,6 @@ def _start_from_bert(source: str, backbone: UnifiedTransformer, objectives: dict
     weights = read_bert(source)
     left = load_bert(backbone, weights)
     if "masked_text" in objectives and all(name in weights for name in MLM_HEAD):
-        objectives["masked_text"].load_state_dict({ours: weights[theirs] for theirs, ours in MLM_HEAD.items()})
+        objectives["masked_text"].load_state_dict({f"head.{ours}": weights[theirs] for theirs, ours in MLM_HEAD.items()})
         left = [name for name in left if not name.startswith("cls.predictions")]
     log.info("model.init: %s loaded%s", source, f"; without a place here: {', '.join(left)}" if left else "")
