@@ -111,7 +111,7 @@ def pack(items: list[Encoded], *, plan: MaskingPlan | None = None, encoder: Text
         acoustic_rows=torch.from_numpy(acoustic_rows),
         acoustic_positions=torch.from_numpy(acoustic_positions),
         acoustic_masked=torch.from_numpy(masks["acoustic"]),
-        targets=targets | _prompts(items, text_rows, text_lengths),
+        targets=targets | _label_targets(items, starts, text_rows, text_lengths),
         labels=torch.tensor([item.label for item in items], dtype=torch.int64),
     )
 
@@ -152,11 +152,16 @@ def _mask_frames(
     return withheld
 
 
-def _prompts(items: list[Encoded], text_rows: np.ndarray, lengths: np.ndarray) -> dict[str, Targets]:
-    if all(item.prompt < 0 for item in items):
+def _label_targets(items: list[Encoded], starts: np.ndarray, text_rows: np.ndarray, lengths: np.ndarray) -> dict[str, Targets]:
+    """List what a head predicts: the class from the [CLS] row, or from the prompt's [MASK]."""
+    if any(item.label < 0 for item in items):
         return {}
-    places = np.cumsum(lengths) - lengths + np.array([item.prompt for item in items])
-    return {"prompt": Targets(torch.from_numpy(text_rows[places]), torch.tensor([item.label for item in items]))}
+    labels = torch.tensor([item.label for item in items], dtype=torch.int64)
+    targets = {"classify": Targets(torch.from_numpy(starts), labels)}
+    if all(item.prompt >= 0 for item in items):
+        places = np.cumsum(lengths) - lengths + np.array([item.prompt for item in items])
+        targets["prompt"] = Targets(torch.from_numpy(text_rows[places]), labels)
+    return targets
 
 
 def utterance_or_none(utterance: Utterance, encoder: Encoder, turn: int) -> Encoded | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from emoscale.batch import Batch
+from emoscale.batch import Batch, Utterance
 from emoscale.data.collate import Encoder, pack, split, utterance_or_none
 from emoscale.data.masking import MaskingPlan
 from emoscale.data.streams import Order, Utterances
@@ -20,6 +23,7 @@ class StepData:
 
     step: int
     batches: list[Batch]
+    """Never empty: a rank whose whole share was skipped gets one micro-batch without utterances and targets."""
     skipped: list[str]
     """Utterances whose features are not finite, or that hold nothing at all."""
 
@@ -37,14 +41,14 @@ class Steps(Dataset[StepData]):
         corpus: the utterances.
         order: which utterance stands where.
         encoder: tokenises and normalises.
-        plan: what is withheld.
+        plan: what is withheld; None where a head is trained.
         global_batch: utterances per optimizer step over all ranks.
         max_tokens: packed tokens per micro-batch at most.
         rank, world: this process' place.
     """
 
     def __init__(
-        self, corpus: Utterances, order: Order, encoder: Encoder, plan: MaskingPlan, *, global_batch: int, max_tokens: int, rank: int, world: int
+        self, corpus: Utterances, order: Order, encoder: Encoder, plan: MaskingPlan | None, *, global_batch: int, max_tokens: int, rank: int, world: int
     ) -> None:
         self.corpus, self.order, self.encoder, self.plan = corpus, order, encoder, plan
         self.global_batch, self.max_tokens, self.rank, self.world = global_batch, max_tokens, rank, world
@@ -60,16 +64,39 @@ class Steps(Dataset[StepData]):
             else:
                 items.append(item)
         batches = [pack(part, plan=self.plan, encoder=self.encoder.text, step=step) for part in split(items, self.max_tokens)]
-        return StepData(step, batches, skipped)
+        return StepData(step, batches or [self._nothing(step)], skipped)
+
+    def _nothing(self, step: int) -> Batch:
+        """Give what keeps a rank without work in step with the others: one empty text that nobody counts."""
+        item = self.encoder(Utterance(id=""))
+        assert item is not None
+        return replace(pack([item], plan=self.plan, encoder=self.encoder.text, step=step).without_targets(), ids=[])
 
     def iterate(self, first: int, last: int, *, workers: int = 0) -> Iterator[StepData]:
         """Give the steps first … last − 1 in order, read ahead by worker processes."""
         loader = DataLoader(
             self, batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=torch.cuda.is_available(),
-            prefetch_factor=2 if workers else None, worker_init_fn=_one_thread,
+            prefetch_factor=2 if workers else None, worker_init_fn=_start_worker,
+            # A loader draws a seed for its workers; from torch's own stream, a resumed run would draw once more than an unbroken one.
+            generator=torch.Generator(),
         )
         return iter(loader)
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
+    """Keep to one thread, and leave preemption to the training process.
+
+    SLURM signals every process of a job. A worker that left would take down the rank before it has saved, so only its
+    parent's SIGTERM ends it.
+    """
     torch.set_num_threads(1)
+    for name in ("SIGUSR1", "SIGUSR2", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -41,11 +41,25 @@ class TextEncoder:
         special = set(tokenizer.all_special_ids)
         self.replacements = np.array([i for i in range(len(tokenizer)) if i not in special], dtype=np.int64)
 
-    def __call__(self, text: str) -> Tokens:
-        """Tokenise one text; a word is a whitespace chunk with its punctuation, as in MEmoBERT."""
+    def __call__(self, text: str, template: str = "") -> Tokens:
+        """Tokenise one text; a word is a whitespace chunk with its punctuation, as in MEmoBERT.
+
+        Args:
+            text: what is said.
+            template: words behind it that are never cut, such as `I am [MASK].`; the text gets a full stop before it where
+                it has no closing mark.
+        """
+        if template and text and text[-1] not in ".?!":
+            text = f"{text} ."
+        ids, words = self._pieces(text)
+        more, _ = self._pieces(template.replace("[MASK]", self.tokenizer.mask_token))
+        ids, words = ids[: self.max_tokens - len(more)], words[: self.max_tokens - len(more)]
+        special = [SPECIAL] * (len(more) + 1)
+        return Tokens(np.array([self.cls, *ids, *more, self.sep], np.int64), np.array([SPECIAL, *words, *special], np.int64))
+
+    def _pieces(self, text: str) -> tuple[list[int], list[int]]:
         encoded = self.tokenizer(text.split(), is_split_into_words=True, add_special_tokens=False, verbose=False)
-        ids, words = encoded["input_ids"][: self.max_tokens], encoded.word_ids()[: self.max_tokens]
-        return Tokens(np.array([self.cls, *ids, self.sep], np.int64), np.array([SPECIAL, *words, SPECIAL], np.int64))
+        return encoded["input_ids"], encoded.word_ids()
 
 
 def load_tokenizer(name: str, corpus: Path | None) -> Any:

@@ -1,0 +1,230 @@
+"""Fine-tuning and its evaluation: arms × seeds × folds of speakers, by the same loop as pre-training."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import MISSING
+
+from emoscale import distributed
+from emoscale.config import ConfigError, from_mapping, to_dict, to_yaml
+from emoscale.data.labelled import LabelledSet, check_modalities, labelled_set, read_labels
+from emoscale.data.streams import Corpus
+from emoscale.data.tokens import load_tokenizer
+from emoscale.evaluation.protocols import Fold, Protocol, label_fraction, make_folds, speaker_folds
+from emoscale.heads import HEADS
+from emoscale.models.config import ModelConfig
+from emoscale.training.engine import OptimConfig
+from emoscale.training.environment import environment, open_log
+from emoscale.training.finetune_report import Outcome, summarise
+from emoscale.training.finetune_run import Arm, Recipe, run_arm
+
+log = logging.getLogger("emoscale")
+
+
+@dataclass
+class ArmConfig:
+    """One way to get from utterances to emotions; arms of a run are compared on the same folds and seeds."""
+
+    init: str = ""
+    """Checkpoint or run folder to start from, `{seed}` is filled in; empty = from scratch (the paper's "Direct")."""
+    head: dict[str, Any] = field(default_factory=lambda: {"name": "classify"})
+    """Head and its options: `{name: classify, pooling: cls}` or `{name: prompt, over: vocabulary}`."""
+    mode: Literal["full", "frozen", "lora"] = "full"
+    """What is trained besides the head: everything, nothing, or low-rank additions to the linear layers."""
+    modalities: list[str] = field(default_factory=lambda: ["text", "visual", "acoustic"])
+    """Modalities the model sees."""
+
+    def validate(self) -> None:
+        """Check names."""
+        if self.head.get("name") not in HEADS:
+            raise ValueError(f"head.name: {self.head.get('name')!r} is unknown; there are {', '.join(HEADS)}")
+        check_modalities(self.modalities)
+
+
+@dataclass
+class FinetuneConfig(ArmConfig):
+    """Fine-tuning runs over folds of speakers and seeds."""
+
+    corpus: str = MISSING
+    """Folder that `emoscale prepare` wrote."""
+    labels: str = ""
+    """CSV with columns `id,<label_key>,speaker[,group,session,split]`; empty = labels of the corpus' own records."""
+    label_key: str = "label"
+    """Column (or key of a record's label) that holds the class."""
+    classes: list[str] = field(default_factory=list)
+    """Classes scored, in this order; empty = all that occur, sorted."""
+    verbalisers: dict[str, str] = field(default_factory=dict)
+    """Class → the word that stands for it in a prompt; a class that is missing here stands for itself."""
+    template: str = "I am [MASK] ."
+    """Prompt behind the text."""
+    only: str = ""
+    """Use utterances whose id begins with this alone."""
+    output: str = MISSING
+    """Folder for results.json, report.html, models."""
+    tokenizer: str = ""
+    """Hugging Face id or folder; empty = the one of the checkpoint, else of the corpus."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of arms that start from scratch."""
+    arms: dict[str, Any] = field(default_factory=dict)
+    """Name → what differs from `init`, `head`, `mode` and `modalities`; empty = one arm as those say."""
+    compare: list[list[str]] = field(default_factory=list)
+    """Pairs of arms whose paired difference is reported, `[[finetune, direct]]`."""
+    protocol: Protocol = "speaker_folds"
+    """How test, validation and training speakers are divided."""
+    folds: int = 5
+    """Folds of `speaker_folds`."""
+    run_folds: list[int] = field(default_factory=list)
+    """Folds that are run, from 0; empty = all."""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    """Seeds of initialisation, order, dropout and of the labelled subset."""
+    fraction: float = 1.0
+    """Share of the training labels that is used, in (0, 1]."""
+    selection: Literal["validation", "paper"] = "validation"
+    """What chooses the step: the validation split, or (as published, flagged in every output) the test split."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5, warmup=0))
+    """Optimizer."""
+    batch: int = 32
+    """Utterances per step."""
+    max_tokens: int = 16_384
+    """Packed tokens per micro-batch at most."""
+    max_text: int = 120
+    """Word pieces per utterance at most, prompt included."""
+    steps: int = 1500
+    """Steps at most."""
+    eval_every: int = 100
+    """Steps between looks at the validation split."""
+    patience: int = 5
+    """Looks without improvement before a run stops."""
+    lora_rank: int = 8
+    """Rank of the additions in mode `lora`."""
+    save_models: Literal["best", "all", "none"] = "best"
+    """Which models are written: the one of best validation UAR per arm, all, or none."""
+    oracle: str = ""
+    """Demo corpus only: its labels.csv; adds the Bayes-optimal answers as an arm."""
+    curves: dict[str, str] = field(default_factory=dict)
+    """Name → pre-training run folder whose curves the report shows."""
+    threads: int = 0
+    """CPU threads; 0 = torch's choice."""
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        super().validate()
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction: {self.fraction} is not in (0, 1]")
+        for name in ("folds", "batch", "steps", "eval_every", "patience", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not ≥ 1")
+        if "[MASK]" not in self.template:
+            raise ValueError(f"template: {self.template!r} holds no [MASK]")
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Run every arm, seed and fold; write results.json, report.html and models; give the folder.
+
+    Raises:
+        ConfigError: an arm, checkpoint or class word cannot be used.
+        DataError: labels are missing or unknown, or a fold's speakers overlap.
+    """
+    world = distributed.init()
+    folder = Path(config.output)
+    arms, data, folds = _prepare(config)
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / "models", ignore_errors=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+        (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1))
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+        open_log(folder / "train.log")
+    distributed.barrier()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    recipe = Recipe(
+        optim=config.optim, batch=config.batch, max_tokens=config.max_tokens, steps=config.steps, eval_every=config.eval_every,
+        patience=config.patience, selection=config.selection, corpus=Path(config.corpus), max_text=config.max_text,
+        models=None if config.save_models == "none" else folder / "models", keep_all=config.save_models == "all",
+    )
+    outcomes: list[Outcome] = []
+    for (name, arm), seed, (number, fold) in itertools.product(arms.items(), config.seeds, folds):
+        train = label_fraction(fold.train, data.labels, config.fraction, seed)
+        outcome = run_arm(name, arm, recipe, data, fold, train, seed, world)
+        log.info("%s seed %d fold %d: validation UAR %.3f, test UAR %.3f at step %d", name, seed, number, outcome.validation, outcome.test, outcome.step)
+        outcomes.append(outcome)
+    if world.is_main:
+        summarise(folder, outcomes, data, config)
+    distributed.barrier()
+    return folder
+
+
+def check(config: FinetuneConfig) -> None:
+    """Validate everything that can be without training: corpus, labels, folds, checkpoints, class words."""
+    _prepare(config)
+
+
+def _prepare(config: FinetuneConfig) -> tuple[dict[str, Arm], LabelledSet, list[tuple[int, Fold]]]:
+    if not Path(config.corpus).is_dir():
+        raise ConfigError(f"corpus: {config.corpus} does not exist; `emoscale prepare` makes one")
+    corpus = Corpus(config.corpus)
+    data = labelled_set(corpus, read_labels(config.labels, corpus, config.label_key), key=config.label_key, classes=config.classes, only=config.only)
+    folds = list(enumerate(_folds(config, data)))
+    if config.run_folds:
+        folds = [pair for pair in folds if pair[0] in config.run_folds]
+    if not folds:
+        raise ConfigError(f"run_folds: {config.run_folds} names none of the {config.folds} folds")
+    base = {name: getattr(config, name) for name in ("init", "head", "mode", "modalities")}
+    sections = config.arms or {"finetune": {}}
+    read = {name: from_mapping(ArmConfig, base | (section or {}), f"arms.{name}") for name, section in sections.items()}
+    for pair in config.compare:
+        if len(pair) != 2 or not set(pair) <= set(read):
+            raise ConfigError(f"compare: {pair} is not a pair of arms; there are {', '.join(read)}")
+    arms = {name: _arm(config, arm, data) for name, arm in read.items()}
+    return arms, data, folds
+
+
+def _arm(config: FinetuneConfig, arm: ArmConfig, data: LabelledSet) -> Arm:
+    inits = {seed: find_checkpoint(arm.init.format(seed=seed)) if arm.init else None for seed in config.seeds}
+    first = next(iter(inits.values()))
+    tokenizer = load_tokenizer(config.tokenizer or (str(first / "assets" / "tokenizer") if first else ""), Path(config.corpus))
+    words = []
+    for name in data.classes:
+        word = config.verbalisers.get(name, name)
+        piece = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))
+        if arm.head["name"] == "prompt" and (len(piece) != 1 or piece[0] == tokenizer.unk_token_id):
+            raise ConfigError(f"verbalisers.{name}: {word!r} is {len(piece)} word pieces in this tokenizer, one known piece is needed; name another word")
+        words.append(piece[0] if len(piece) == 1 else -1)
+    options = {key: value for key, value in arm.head.items() if key != "name"}
+    head = HEADS[arm.head["name"]]
+    return Arm(
+        inits, head, from_mapping(head.Config, options, "head"), arm.mode, config.lora_rank, list(arm.modalities), words,
+        config.template if head.target == "prompt" else "", config.model, tokenizer,
+    )
+
+
+def _folds(config: FinetuneConfig, data: LabelledSet) -> list[Fold]:
+    if config.protocol == "speaker_folds":
+        return speaker_folds(data.speakers, data.groups if any(data.groups) else None, config.folds, 0, ids=data.ids)
+    return make_folds(config.protocol, data.speakers, sessions=data.sessions, splits=data.splits, folds=config.folds, ids=data.ids)
+
+
+def find_checkpoint(path: str) -> Path:
+    """Give the checkpoint that a path names: itself, or the newest whole one of a run folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from emoscale.training import checkpoint
+
+    folder = Path(path)
+    if (folder / "weights.safetensors").is_file():
+        return folder
+    found = checkpoint.find_latest(folder / "checkpoints") if folder.is_dir() else None
+    if found is None:
+        raise ConfigError(f"init: {path} holds no checkpoint; `emoscale pretrain` writes them to <run.output>/checkpoints")
+    return found
