@@ -11,6 +11,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -39,15 +40,17 @@ def load(schema: type[T], path: str | Path | None = None, overrides: list[str] |
         ConfigError: unknown key, wrong type, missing value, or what a dataclass' own `validate()` refuses.
     """
     merged = OmegaConf.structured(schema)
-    for source, layer in [*_files(path), ("the command line", _words(overrides or []))]:
+    for source, key, layer in [*_files(path), *map(_word, overrides or [])]:
         try:
             merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            raise ConfigError(_explain(schema, error, source)) from error
+        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list where a mapping belongs, or the reverse
+            raise ConfigError(_explain(schema, error, source, key)) from error
     try:
         config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: no value given; add `{error.full_key}=…` ({_doc_of(schema, error.full_key)})") from error
+    except OmegaConfBaseException as error:  # a `${…}` that leads nowhere
+        raise ConfigError(_explain(schema, error, "the merged configuration")) from error
     validate(config)
     return typing.cast(T, config)
 
@@ -68,6 +71,8 @@ def validate(config: Any, prefix: str = "") -> None:
 
 def from_mapping(schema: type[T], values: dict[str, Any], where: str) -> T:
     """Fill one dataclass from a plain mapping (an objective's or head's own section), with the same errors as `load`."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: {values!r} given; a mapping of options was expected, such as {where}.{dataclasses.fields(schema)[0].name}=…")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except OmegaConfBaseException as error:
@@ -114,14 +119,16 @@ def docstrings(schema: type) -> dict[str, str]:
             continue
         body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
         for node, after in zip(body, body[1:], strict=False):
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
-                if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
-                    found[node.target.id] = " ".join(after.value.value.split())
+            match node, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
     return found
 
 
-def _files(path: str | Path | None) -> list[tuple[str, Any]]:
-    layers: list[tuple[str, Any]] = []
+def _files(path: str | Path | None) -> list[tuple[str, str, Any]]:
+    """Give (source, key to name where an error has none, content) of a file and those it extends, the lowest first."""
+    layers: list[tuple[str, str, Any]] = []
+    first = path
     while path is not None:
         path = Path(path)
         if not path.is_file():
@@ -133,22 +140,28 @@ def _files(path: str | Path | None) -> list[tuple[str, Any]]:
         if not OmegaConf.is_dict(layer):
             raise ConfigError(f"{path}: holds {type(layer).__name__}, a mapping of keys was expected")
         base = layer.pop("extends", None)
-        layers.insert(0, (str(path), layer))
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"{path}: extends: {base!r} is not the name of one file")
+        layers.insert(0, (str(path), str(path), layer))
         path = path.parent / base if base else None
         if len(layers) > MAX_EXTENDS:
-            raise ConfigError(f"{path}: more than {MAX_EXTENDS} files extend one another; is there a circle?")
+            raise ConfigError(f"{first}: more than {MAX_EXTENDS} files extend one another; is there a circle?")
     return layers
 
 
-def _words(overrides: list[str]) -> Any:
-    for word in overrides:
-        if "=" not in word or word.startswith("-"):
-            raise ConfigError(f"{word}: overrides are `key=value` words, such as optim.lr=3e-4")
-    return OmegaConf.from_dotlist(overrides)
+def _word(word: str) -> tuple[str, str, Any]:
+    """Read one `key=value` word as `_files` gives its layers."""
+    key, equals, _ = word.partition("=")
+    if not equals or not key or word.startswith("-"):
+        raise ConfigError(f"{word}: overrides are `key=value` words, such as optim.lr=3e-4")
+    try:
+        return "the command line", key, OmegaConf.from_dotlist([word])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{word}: the value is not readable as YAML ({' '.join(str(error).split())}); put it in quotes") from error
 
 
-def _explain(schema: type, error: OmegaConfBaseException, source: str) -> str:
-    key = getattr(error, "full_key", None) or "?"
+def _explain(schema: type, error: Exception, source: str, fallback: str = "?") -> str:
+    key = getattr(error, "full_key", None) or fallback
     if isinstance(error, ConfigKeyError):
         known = [row[0] for row in describe(schema)]
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
