@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,18 +39,48 @@ def world_from(environment: Mapping[str, str]) -> World:
         ConfigError: variables contradict each other.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
-        rank, size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
-        local_rank = int(environment.get("LOCAL_RANK", 0))
-        local_size = int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", size)))
-    elif int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
-        rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
-        local_rank = int(environment["SLURM_LOCALID"])
-        local_size = int(environment.get("SLURM_NTASKS_PER_NODE") or environment["SLURM_TASKS_PER_NODE"].split("(")[0].split(",")[0])
+        size = _number(environment, "WORLD_SIZE")
+        alone = 0 if size == 1 else None
+        rank, local_rank = _number(environment, "RANK", alone), _number(environment, "LOCAL_RANK", alone)
+        local_size = _number(environment, "LOCAL_WORLD_SIZE", _number(environment, "LOCAL_SIZE", size))
+    elif "SLURM_PROCID" in environment and _number(environment, "SLURM_NTASKS", 1) > 1:
+        rank, size = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_NTASKS")
+        local_rank, local_size = _number(environment, "SLURM_LOCALID"), _slurm_local_size(environment)
     else:
         return World()
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
         raise ConfigError(f"rank {rank} of {size}, local rank {local_rank} of {local_size}: the launcher's variables contradict each other")
     return World(rank, size, local_rank, local_size)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = environment.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise ConfigError(f"{name}: the launcher's variables contradict each other: some are set, this one is not; start with srun or torchrun")
+    try:
+        return int(value)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {value!r} is not a number; start with srun or torchrun") from error
+
+
+def _slurm_local_size(environment: Mapping[str, str]) -> int:
+    """Read this node's entry of SLURM's list of tasks per node, such as `4(x2),3`.
+
+    The step's own list comes first: the others describe the whole job, of which `srun -n` may use a part.
+    """
+    listed = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE", "")
+    counts: list[int] = []
+    for entry in listed.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)
+        if match is None:
+            raise ConfigError(f"SLURM_TASKS_PER_NODE: {listed!r} is no list of tasks per node; start with srun")
+        counts += [int(match[1])] * int(match[2] or 1)
+    node = _number(environment, "SLURM_NODEID", 0)
+    if node >= len(counts):
+        raise ConfigError(f"SLURM_NODEID: {node}, but {listed!r} lists {len(counts)} nodes: the launcher's variables contradict each other")
+    return counts[node]
 
 
 def init() -> World:
@@ -105,6 +136,17 @@ def reduce_sum(values: list[float]) -> list[float]:
 def reduce_max(values: list[float]) -> list[float]:
     """Give the largest of each number over all ranks."""
     return _reduce(values, "MAX")
+
+
+def gather_names(names: list[str]) -> list[str]:
+    """Give the names of all ranks, in the order of the ranks."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(names)
+    parts: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(parts, names)
+    return [name for part in parts for name in part]
 
 
 def barrier() -> None:
