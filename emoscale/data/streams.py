@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from emoscale.batch import COLUMNS, Utterance
+from emoscale.batch import COLUMNS, MODALITIES, Utterance
 from emoscale.config import DataError
 from emoscale.kernels.philox import key_of
 
 SCHEMA = 1
+REMEDY = "copy it from its source, or delete it and run `emoscale prepare` again"
 
 
 class Utterances(Protocol):
@@ -45,10 +47,13 @@ class Corpus:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         index = _read_json(self.folder / "index.json")
-        self._shards: list[dict[str, Any]] = index["shards"]
-        self._firsts = np.cumsum([0, *(shard["samples"] for shard in self._shards)])
         self._readers: dict[int, Any] = {}
-        known = self.manifest["counts"]["utterances"]
+        try:
+            self._shards: list[dict[str, Any]] = index["shards"]
+            self._firsts = np.cumsum([0, *(shard["samples"] for shard in self._shards)])
+            known = self.manifest["counts"]["utterances"]
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{self.folder}: index.json and manifest.json are not those of a corpus ({error!r}); prepare the corpus again") from error
         if known != len(self):
             raise DataError(f"{self.folder}: index.json counts {len(self)} utterances, manifest.json {known}; run `emoscale prepare` again")
 
@@ -56,9 +61,15 @@ class Corpus:
         return int(self._firsts[-1])
 
     def __getitem__(self, number: int) -> Utterance:
+        if not 0 <= number < len(self):
+            raise IndexError(f"utterance {number} of {len(self)}")
         shard = bisect_right(self._firsts, number) - 1
         reader = self._readers.get(shard) or self._open(shard)
-        return Utterance.from_record(reader.get_item(int(number - self._firsts[shard])))
+        try:
+            return Utterance.from_record(reader.get_item(int(number - self._firsts[shard])))
+        except OSError as error:
+            name = self._shards[shard]["raw_data"]["basename"]
+            raise DataError(f"{self.folder / name}: shard can no longer be read ({error}); {REMEDY}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave open readers behind: each worker opens its own."""
@@ -68,25 +79,25 @@ class Corpus:
         from streaming.base.format.mds.reader import MDSReader
 
         entry = self._shards[shard]
-        unsafe = [name for name in entry["column_encodings"] if name.startswith("pkl")]
-        if unsafe or not set(COLUMNS) <= set(entry["column_names"]):
-            raise DataError(f"{self.folder}: shard columns {entry['column_names']} are not an utterance's; prepare the corpus again")
+        encodings = dict(zip(entry.get("column_names", []), entry.get("column_encodings", []), strict=False))
+        # Any other encoding is refused too: pickle would run what it reads, another width would be read as noise.
+        if encodings != COLUMNS or "raw_data" not in entry:
+            raise DataError(f"{self.folder}: shard columns {encodings} are not an utterance's; prepare the corpus again")
         self._verify(entry["raw_data"])
         self._readers[shard] = MDSReader.from_json(str(self.folder), None, entry)
         return self._readers[shard]
 
     def _verify(self, entry: dict[str, Any]) -> None:
         path = self.folder / entry["basename"]
-        remedy = "copy it from its source, or delete it and run `emoscale prepare` again"
         if path.parent.resolve() != self.folder.resolve():
             raise DataError(f"{self.folder}: index.json names {entry['basename']!r}, which lies outside the corpus")
         if not path.is_file():
-            raise DataError(f"{path}: shard is missing; {remedy}")
-        wanted = entry["hashes"].get("sha256")
+            raise DataError(f"{path}: shard is missing; {REMEDY}")
+        wanted = entry.get("hashes", {}).get("sha256")
         if wanted is None:
             raise DataError(f"{path}: index.json holds no sha256 for this shard; prepare the corpus again")
         if file_sha256(path) != wanted:
-            raise DataError(f"{path}: shard is damaged (its sha256 is not the one in index.json); {remedy}")
+            raise DataError(f"{path}: shard is damaged (its sha256 is not the one in index.json); {REMEDY}")
 
 
 class Joined:
@@ -97,8 +108,8 @@ class Joined:
         self.manifest = parts[0].manifest
         self._firsts = np.cumsum([0, *(len(part) for part in parts)])
         for part in parts[1:]:
-            for key in ("acoustic", "visual"):
-                mine, other = ({k: m[key][k] for k in ("encoder", "width")} for m in (self.manifest, part.manifest))
+            for key, names in {"acoustic": ("encoder", "width"), "visual": ("encoder", "width"), "visual_emotion": ("classes", "teacher_sha256")}.items():
+                mine, other = ({k: (m[key] or {}).get(k) for k in names} for m in (self.manifest, part.manifest))
                 if mine != other:
                     raise DataError(f"{part.folder}: {key} features are {other}, those of {parts[0].folder} are {mine}; prepare both alike")
 
@@ -106,6 +117,8 @@ class Joined:
         return int(self._firsts[-1])
 
     def __getitem__(self, number: int) -> Utterance:
+        if not 0 <= number < len(self):
+            raise IndexError(f"utterance {number} of {len(self)}")
         part = bisect_right(self._firsts, number) - 1
         return self.parts[part][int(number - self._firsts[part])]
 
@@ -131,20 +144,21 @@ class Shuffled:
     """A control corpus: text, face and voice of each utterance come from three different utterances, always the same three."""
 
     def __init__(self, source: Utterances, seed: int) -> None:
+        if len(source) < len(MODALITIES):
+            raise DataError(f"data.shuffle_modalities: {len(source)} utterances are too few to mix; at least {len(MODALITIES)} are needed")
         self.source = source
         self.manifest = source.manifest
-        self._visual = _permutation(len(source), seed, "shuffle-visual")
-        self._acoustic = _permutation(len(source), seed, "shuffle-acoustic")
+        # Neighbours on one random circle: unlike those of two random permutations, they are never the same utterance.
+        circle = _permutation(len(source), seed, "shuffle-modalities")
+        self._visual, self._acoustic = np.empty_like(circle), np.empty_like(circle)
+        self._visual[circle], self._acoustic[circle] = np.roll(circle, -1), np.roll(circle, -2)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, number: int) -> Utterance:
-        utterance = self.source[number]
         face, voice = self.source[int(self._visual[number])], self.source[int(self._acoustic[number])]
-        utterance.visual, utterance.visual_emotion = face.visual, face.visual_emotion
-        utterance.acoustic = voice.acoustic
-        return utterance
+        return replace(self.source[number], visual=face.visual, visual_emotion=face.visual_emotion, acoustic=voice.acoustic)
 
 
 class Order:
@@ -197,7 +211,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{path}: not found; is {path.parent} a corpus that `emoscale prepare` has finished?")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}); prepare the corpus again") from error
     if not isinstance(content, dict):

@@ -35,6 +35,8 @@ class Synthetic:
         return self.count
 
     def __getitem__(self, number: int) -> Utterance:
+        if not 0 <= number < self.count:
+            raise IndexError(f"utterance {number} of {self.count}")
         draw = np.random.default_rng([self.seed, number])
         words = int(np.clip(np.exp(draw.normal(np.log(9), 0.5)), 1, 30))
         state, text = draw.normal(size=4), " ".join(draw.choice(WORDS, words))
