@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from emoscale.batch import Batch, Targets, Utterance
+from emoscale.config import DataError
 from emoscale.data.masking import MaskingPlan, MaskSpec, Sizes
 from emoscale.data.tokens import Features, TextEncoder, Tokens
 
@@ -49,11 +50,18 @@ class Encoder:
             return None
         tokens = self.text(utterance.text)
         visual, acoustic = self.visual(utterance.visual, utterance), self.acoustic(utterance.acoustic, utterance)
-        emotion = utterance.visual_emotion[: len(visual)].astype(np.float32)
-        if emotion.shape != (len(visual), self.classes):
-            emotion = np.zeros((len(visual), self.classes), np.float32)
+        emotion = self._emotion(utterance, len(visual))
         words = int(tokens.words.max(initial=-1)) + 1
         return Encoded(Sizes(utterance.id, turn, words, len(visual), len(acoustic)), tokens, visual, acoustic, emotion)
+
+    def _emotion(self, utterance: Utterance, frames: int) -> np.ndarray:
+        if frames == 0 or self.classes == 0:
+            return np.zeros((frames, self.classes), np.float32)
+        emotion = utterance.visual_emotion[:frames].astype(np.float32)
+        if emotion.shape != (frames, self.classes):
+            found = utterance.visual_emotion.shape
+            raise DataError(f"{utterance.id}: visual_emotion has shape {found}, not [{len(utterance.visual)}, {self.classes}]; prepare the corpus again")
+        return emotion
 
 
 def split(items: list[Encoded], max_tokens: int) -> list[list[Encoded]]:

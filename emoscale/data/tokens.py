@@ -51,14 +51,17 @@ class TextEncoder:
         """
         if template and text and text[-1] not in ".?!":
             text = f"{text} ."
-        ids, words = self._pieces(text)
-        more, _ = self._pieces(template.replace("[MASK]", self.tokenizer.mask_token))
+        ids, words = self._pieces(text, literal=True)
+        more, _ = self._pieces(template.replace("[MASK]", self.tokenizer.mask_token), literal=False)
         ids, words = ids[: self.max_tokens - len(more)], words[: self.max_tokens - len(more)]
         special = [SPECIAL] * (len(more) + 1)
         return Tokens(np.array([self.cls, *ids, *more, self.sep], np.int64), np.array([SPECIAL, *words, *special], np.int64))
 
-    def _pieces(self, text: str) -> tuple[list[int], list[int]]:
-        encoded = self.tokenizer(text.split(), is_split_into_words=True, add_special_tokens=False, verbose=False)
+    def _pieces(self, text: str, *, literal: bool) -> tuple[list[int], list[int]]:
+        """Tokenise words; with `literal`, a `[MASK]` or `[SEP]` that somebody wrote is text like any other."""
+        encoded = self.tokenizer(
+            text.split(), is_split_into_words=True, add_special_tokens=False, split_special_tokens=literal, verbose=False
+        )
         return encoded["input_ids"], encoded.word_ids()
 
 
@@ -75,8 +78,8 @@ def load_tokenizer(name: str, corpus: Path | None) -> Any:
         raise ConfigError(f"data.tokenizer: {corpus} holds no tokenizer; name one, such as data.tokenizer=bert-base-uncased")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.tokenizer: {source} cannot be loaded ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # the Rust tokenizers raise a bare Exception for a file they cannot parse
+        raise ConfigError(f"data.tokenizer: {source} cannot be loaded ({' '.join(str(error).split())})") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"data.tokenizer: {source} is a slow tokenizer; give one with a tokenizer.json")
     return tokenizer
@@ -93,9 +96,15 @@ class Features:
 
     @classmethod
     def from_manifest(cls, section: dict[str, Any], max_frames: int = 0) -> Features:
-        """Read a manifest's `visual` or `acoustic` section; `max_frames` 0 = as prepared."""
-        mean, std = np.asarray(section["mean"], np.float32), np.asarray(section["std"], np.float32)
-        return cls(int(section["width"]), max_frames or int(section["max_frames"]), mean, np.where(std > 0, std, 1.0).astype(np.float32))
+        """Read a manifest's `visual` or `acoustic` section; `max_frames` 0 = as prepared.
+
+        Raises:
+            DataError: the constants are not one finite number per feature.
+        """
+        width, mean, std = int(section["width"]), np.asarray(section["mean"], np.float32), np.asarray(section["std"], np.float32)
+        if mean.shape != (width,) or std.shape != (width,) or not np.isfinite([mean, std]).all():
+            raise DataError(f"manifest.json: mean {mean.shape} and std {std.shape} must be {width} finite numbers each; prepare the corpus again")
+        return cls(width, max_frames or int(section["max_frames"]), mean, np.where(std > 0, std, 1.0).astype(np.float32))
 
     def __call__(self, frames: np.ndarray, utterance: Utterance) -> np.ndarray:
         """Give the first frames as normalised float32 [T, D].
