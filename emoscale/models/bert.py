@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emoscale.config import ConfigError, DataError
+from emoscale.models.embedders import LAYER_NORM_EPS
 from emoscale.models.unified import UnifiedTransformer
 
 EMBEDDINGS = {
@@ -33,21 +34,36 @@ MLM_HEAD = {
 }
 
 
-def read_bert(source: str) -> dict[str, Tensor]:
+LIKE_OURS = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": LAYER_NORM_EPS}
+"""What the weights do not tell of a checkpoint, and our layers cannot do otherwise."""
+
+
+def read_bert(source: str, heads: int) -> dict[str, Tensor]:
     """Read the weights of a BERT checkpoint by Hugging Face id or from a folder, as safetensors or weights-only pickles.
 
+    Args:
+        source: id or folder.
+        heads: attention heads of the model to start; no weight shows them, so they are compared here.
+
     Raises:
-        ConfigError: the id or folder cannot be read.
+        ConfigError: the id or folder cannot be read, or computes something else than our layers do.
     """
-    from transformers import AutoModelForMaskedLM
+    from transformers import BertConfig, BertForMaskedLM
 
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise ConfigError(f"model.init: {source} holds no config.json; give a folder saved by save_pretrained")
     try:
-        model = AutoModelForMaskedLM.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.init: {source} cannot be loaded ({str(error).splitlines()[0]}); give a BERT id or folder") from error
-    return dict(model.state_dict())
+        shape = BertConfig.get_config_dict(source)[0]
+        unlike = {name: shape[name] for name, value in LIKE_OURS.items() if shape.get(name, value) != value}
+        if shape.get("num_attention_heads") != heads:
+            unlike["num_attention_heads"] = shape.get("num_attention_heads")
+        if unlike:
+            raise ConfigError(f"model.init: {source} has {unlike}, this model {LIKE_OURS | {'num_attention_heads': heads}}; give a BERT id or folder")
+        model, report = BertForMaskedLM.from_pretrained(source, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model.init: {source} cannot be loaded ({' '.join(str(error).split())}); give a BERT id or folder") from error
+    # What the checkpoint lacks is drawn at random by transformers: that is no weight of it.
+    return {name: value for name, value in model.state_dict().items() if name not in report["missing_keys"]}
 
 
 def load_bert(model: UnifiedTransformer, weights: dict[str, Tensor]) -> list[str]:
@@ -66,6 +82,8 @@ def load_bert(model: UnifiedTransformer, weights: dict[str, Tensor]) -> list[str
     wanted = [name for name in own if not name.startswith(("visual.", "acoustic."))]
     wrong = [f"{name}: checkpoint has {tuple(mapped[name].shape) if name in mapped else 'nothing'}, model {tuple(own[name].shape)}"
              for name in wanted if name not in mapped or mapped[name].shape != own[name].shape]
+    more = f"encoder.layer.{len(model.layers)}."
+    wrong += [f"{name}: the model has {len(model.layers)} layers" for name in weights if name.startswith(more)]
     if wrong:
         raise DataError(f"model.init: this is not a checkpoint of the configured shape ({len(wrong)} weights differ): {'; '.join(wrong[:3])}")
     model.load_state_dict(mapped, strict=False)

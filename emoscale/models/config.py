@@ -34,6 +34,11 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Fill what `size` gives and check the rest."""
+        for name in ("layers", "width", "heads", "ffn"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is negative; 0 takes what size says")
+        if self.positions < 1:
+            raise ValueError(f"positions: {self.positions} is not ≥ 1")
         layers, width, heads = SIZES[self.size]
         self.layers, self.width, self.heads = self.layers or layers, self.width or width, self.heads or heads
         self.ffn = self.ffn or 4 * self.width

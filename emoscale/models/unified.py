@@ -65,7 +65,7 @@ class UnifiedTransformer(nn.Module):
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.heads = width, heads
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
         self.text = TextEmbedder(vocabulary, width, positions, dropout)
@@ -96,7 +96,7 @@ class UnifiedTransformer(nn.Module):
         Every embedder runs in every call, on zero rows where a modality is absent, so that all ranks touch the same
         parameters (ZeRO is silently wrong otherwise).
         """
-        type_row = self.text.types(torch.ones_like(text_positions[:1]))[0]
+        type_row = self.text.types(text_positions.new_ones(1))[0]
         parts = torch.cat([
             self.text(text, text_positions),
             self.visual(visual, visual_masked, visual_positions, type_row),

@@ -81,7 +81,7 @@ def read_objectives(objectives: dict[str, Any]) -> dict[str, Any]:
 
 
 def _start_from_bert(source: str, backbone: UnifiedTransformer, objectives: dict[str, Task]) -> None:
-    weights = read_bert(source)
+    weights = read_bert(source, backbone.heads)
     left = load_bert(backbone, weights)
     if "masked_text" in objectives and all(name in weights for name in MLM_HEAD):
         objectives["masked_text"].load_state_dict({f"head.{ours}": weights[theirs] for theirs, ours in MLM_HEAD.items()})
