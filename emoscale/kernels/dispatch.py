@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-IMPLEMENTATIONS = ("auto", "reference", "triton", "native")
-
 
 @dataclass
 class Op:
