@@ -10,14 +10,13 @@ classes are registered as soon as transformers' own auto classes are imported.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoscale.imports import after_import
 
 if TYPE_CHECKING:
-    from emoscale.models.hub import EmotionModel
+    from emoscale.serving.hub import EmotionModel
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
@@ -29,15 +28,13 @@ def load(path_or_id: str | Path, **options: Any) -> EmotionModel:
     Raises:
         ConfigError: the folder holds another model, schema or tokenizer; the difference is in the message.
     """
-    from emoscale.models.hub import load as load_model
+    from emoscale.serving.hub import load as load_model
 
     return load_model(path_or_id, **options)
 
 
 def _register() -> None:
-    if find_spec("emoscale.models.hub") is None:
-        return
-    from emoscale.models import hub
+    from emoscale.serving import hub
 
     hub.register()
 

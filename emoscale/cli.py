@@ -116,7 +116,7 @@ def finetune(words: Words = None, check: Check = False, json: Json = False) -> N
 @app.command(epilog="Example: `emoscale evaluate model=runs/memobert-demo/finetune/model corpus=corpora/demo`")
 def evaluate(words: Words = None, json: Json = False) -> None:
     """Score a fine-tuned model on a labelled corpus: WA, UAR, WF1, confusion matrix, 95 % intervals."""
-    from emoscale.training import evaluate as stage
+    from emoscale.serving import evaluate as stage
 
     config = _read(stage.EvaluateConfig, words)
     scores = stage.evaluate(config)
@@ -144,9 +144,9 @@ def export(
 ) -> None:
     """Write a checkpoint as a safetensors folder that `AutoModel.from_pretrained` opens."""
     _announce(out)
-    from emoscale.models import hub
+    from emoscale.training.export import export as write
 
-    hub.export(checkpoint, out)
+    write(checkpoint, out)
 
 
 @app.command(epilog="Example: `emoscale bench step`")
@@ -189,7 +189,7 @@ def schema(stage: str) -> type:
     elif stage == "finetune":
         from emoscale.training.finetune import FinetuneConfig as Schema
     elif stage == "evaluate":
-        from emoscale.training.evaluate import EvaluateConfig as Schema
+        from emoscale.serving.evaluate import EvaluateConfig as Schema
     else:
         raise typer.BadParameter(f"{stage!r} is none of pretrain, finetune, prepare, evaluate")
     return Schema

@@ -19,6 +19,7 @@ LEVELS = [
     {"models"},
     {"objectives", "heads"},
     {"training", "evaluation"},
+    {"serving"},
     {"doctor"},
     {"emoscale"},
     {"cli"},

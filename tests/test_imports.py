@@ -101,7 +101,7 @@ def test_source_of_a_watched_module_is_still_found(package: Path) -> None:
         "import emoscale; from transformers import AutoConfig, AutoModel",
         "from transformers import AutoConfig, AutoModel; import emoscale",
         "import emoscale; from transformers import PreTrainedModel, AutoModel",
-        "import emoscale.models.hub; from transformers import AutoConfig, AutoModel",
+        "import emoscale.serving.hub; from transformers import AutoConfig, AutoModel",
     ],
 )
 def test_auto_classes_know_our_models_in_any_order(first: str) -> None:

@@ -38,8 +38,8 @@ class Head(Task):
 
     def __init__(self, config: Config, sizes: Sizes, words: Tensor) -> None:
         super().__init__()
-        self.register_buffer("words", words, persistent=False)
-        self.register_buffer("class_weights", words.new_ones(len(words)).float(), persistent=False)
+        self.register_buffer("words", words)
+        self.register_buffer("class_weights", words.new_ones(len(words)).float())
 
     @abstractmethod
     def logits(self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer) -> Float[Tensor, "b c"]:

@@ -36,18 +36,22 @@ def environment() -> dict[str, Any]:
 
 
 def open_log(path: Path) -> None:
-    """Send the package's log to a file as well (appending: a resumed run goes on in it)."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    """Send the package's log to a file (appending: a resumed run goes on in it) and to standard error."""
     logger = logging.getLogger("emoscale")
-    for old in [item for item in logger.handlers if isinstance(item, logging.FileHandler)]:
+    for old in list(logger.handlers):
         logger.removeHandler(old)
-    logger.addHandler(handler)
+    for handler in (logging.FileHandler(path), logging.StreamHandler()):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        # An installed package may lie inside somebody else's repository.
+        return None
     try:
         done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):

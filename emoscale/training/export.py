@@ -12,7 +12,6 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from emoscale import __version__
 from emoscale.config import ConfigError
 from emoscale.training import checkpoint
 
@@ -49,7 +48,7 @@ def write_model(folder: Path, exported: Exported, state: dict[str, Tensor], *, t
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    config = {"model_type": MODEL_TYPE, "architectures": ["EmoscaleModel"], "emoscale_version": __version__, **asdict(exported)}
+    config = {"model_type": MODEL_TYPE, "architectures": ["EmoscaleModel"], **asdict(exported)}
     (aside / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, aside / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(aside / "tokenizer")

@@ -1,0 +1,67 @@
+"""Scores of a fine-tuned model on a labelled corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import MISSING
+
+from emoscale.config import ConfigError
+from emoscale.data.labelled import labelled_set, read_labels
+from emoscale.data.streams import Corpus
+from emoscale.evaluation.metrics import score
+from emoscale.evaluation.report import confusion_section, scores_section, write_report
+from emoscale.serving.hub import load
+
+
+@dataclass
+class EvaluateConfig:
+    """A model, a labelled corpus, and which of its utterances count."""
+
+    model: str = MISSING
+    """Folder of a fine-tuned model."""
+    corpus: str = MISSING
+    """Folder that `emoscale prepare` wrote, with the model's encoders."""
+    labels: str = ""
+    """CSV with columns `id,<label_key>,speaker[,split]`; empty = labels of the corpus' own records."""
+    label_key: str = "label"
+    """Column (or key of a record's label) that holds the class."""
+    only: str = ""
+    """Use utterances whose id begins with this alone."""
+    speakers: list[str] = field(default_factory=list)
+    """Score these speakers alone, such as those of a test fold; empty = all."""
+    report: str = ""
+    """HTML file to write; empty = none."""
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Give WA, UAR, WF1, confusion matrix and 95 % intervals; by the same path as `predict` on media.
+
+    Raises:
+        ConfigError: the model has no head.
+        DataError: labels or encoders do not fit.
+    """
+    model = load(config.model)
+    if not model.classes:
+        raise ConfigError(f"model: {config.model} is a pre-trained backbone without a head; `emoscale finetune` trains one")
+    corpus = Corpus(config.corpus)
+    data = labelled_set(corpus, read_labels(config.labels, corpus, config.label_key), key=config.label_key, classes=model.classes, only=config.only)
+    rows = [i for i in range(len(data)) if not config.speakers or data.speakers[i] in config.speakers]
+    answers = model.classify([data[i] for i in rows])
+    answered = [i for i, row in enumerate(answers) if row["emotion"] is not None]
+    predicted = [model.classes.index(answers[i]["emotion"]) for i in answered]
+    kept = [rows[i] for i in answered]
+    scores = score(
+        data.labels[kept], np.array(predicted), model.classes, speakers=[data.speakers[i] for i in kept], ids=[data.ids[i] for i in kept]
+    )
+    if config.report:
+        command = f"emoscale evaluate model={config.model} corpus={config.corpus}"
+        arms = {Path(config.model).name: scores}
+        write_report(
+            Path(config.report), title="Evaluation",
+            sections=[scores_section(arms, command=command, source=config.corpus), confusion_section(arms, command=command, source=config.corpus)],
+        )
+    return scores.to_dict() | {"unanswered": len(rows) - len(answered)}

@@ -1,0 +1,171 @@
+"""Measurements of a training step, reported as ratios of what runs in one process, interleaved."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from emoscale.batch import Batch
+from emoscale.config import load
+from emoscale.data.collate import Encoder
+from emoscale.data.loader import Steps
+from emoscale.data.masking import MaskingPlan, MaskSpec
+from emoscale.data.streams import Order
+from emoscale.data.synthetic import WORDS, Synthetic
+from emoscale.data.tokens import Features, TextEncoder
+from emoscale.models.config import ModelConfig
+from emoscale.models.task import Sizes, TaskModel
+from emoscale.models.unified import Layer, UnifiedTransformer
+from emoscale.objectives import OBJECTIVES
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench" / "step.yaml"
+MIX = {"masked_text": 2.0, "masked_acoustic": 1.0, "masked_visual": 1.0, "visual_emotion": 1.0}
+VISUAL_WIDTH, ACOUSTIC_WIDTH, EXPRESSIONS = 342, 768, 8
+"""Feature widths of MEmoBERT: DenseFace and wav2vec 2.0."""
+
+
+@dataclass
+class BenchConfig:
+    """Shapes and threads of `emoscale bench step`."""
+
+    size: Literal["tiny", "small", "base", "large"] = "small"
+    """Model size."""
+    utterances: int = 64
+    """Utterances of the batch."""
+    threads: int = 2
+    """CPU threads."""
+    repeats: int = 7
+    """Interleaved runs of each side."""
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        if self.repeats < 5 or self.utterances < 2 or self.threads < 1:
+            raise ValueError(f"repeats: repeats={self.repeats} (≥ 5), utterances={self.utterances} (≥ 2), threads={self.threads} (≥ 1)")
+
+
+def bench_step(overrides: list[str]) -> dict[str, Any]:
+    """Time forward and backward of the same model and heads on packed and on padded batches of the same utterances.
+
+    The padded side is given its best plain form: tokens embedded unpadded, padding at the tail only, one masked SDPA call
+    per layer, heads on masked rows only.
+    """
+    config = load(BenchConfig, CONFIG if CONFIG.is_file() else None, overrides)
+    torch.set_num_threads(config.threads)
+    model, batch = _model(config), _batch(config)
+    scales = {name: 1.0 / max(1, batch.targets[name].count) for name in MIX}
+    packed: Callable[[], Tensor] = lambda: model(batch, scales)[0]  # noqa: E731  # two one-line sides of one comparison
+    padded: Callable[[], Tensor] = lambda: _padded_loss(model, batch, scales)  # noqa: E731
+    difference = abs(float(packed()) - float(padded()))
+    times = _interleaved([packed, padded], model, config.repeats)
+    valid, width = batch.tokens, batch.max_seqlen * batch.utterances
+    share = 1.0 - valid / width
+    fast, slow = (statistics.median(side) for side in times)
+    return {
+        "threads": config.threads, "size": config.size, "utterances": config.utterances, "valid_tokens": valid, "padding_share": share,
+        "loss_difference": difference, "packed_s": fast, "padded_s": slow, "packed_valid_tokens_per_s": valid / fast,
+        "padded_valid_tokens_per_s": valid / slow, "ratio": slow / fast, "wanted": 0.9 / (1.0 - share),
+    }
+
+
+BENCHES: dict[str, Callable[[list[str]], dict[str, Any]]] = {"step": bench_step}
+
+
+class _Words:
+    """A tokenizer of whole words, enough for synthetic text: no vocabulary file is needed to time a step."""
+
+    cls_token_id, sep_token_id, mask_token_id = 0, 1, 2
+    all_special_ids = (0, 1, 2)
+
+    def __len__(self) -> int:
+        return 3 + len(WORDS)
+
+    def __call__(self, words: list[str], **_: Any) -> Any:
+        return _WordIds([3 + WORDS.index(word) for word in words])
+
+
+class _WordIds(dict[str, list[int]]):
+    def __init__(self, ids: list[int]) -> None:
+        super().__init__(input_ids=ids)
+
+    def word_ids(self) -> list[int]:
+        return list(range(len(self["input_ids"])))
+
+
+def _model(config: BenchConfig) -> TaskModel:
+    shape = ModelConfig(size=config.size, dropout=0.0)
+    shape.validate()
+    torch.manual_seed(0)
+    backbone = UnifiedTransformer(
+        vocabulary=len(_Words()), visual_width=VISUAL_WIDTH, acoustic_width=ACOUSTIC_WIDTH, layers=shape.layers, width=shape.width,
+        heads=shape.heads, ffn=shape.ffn, dropout=0.0,
+    )
+    sizes = Sizes(shape.width, len(_Words()), VISUAL_WIDTH, ACOUSTIC_WIDTH, EXPRESSIONS)
+    return TaskModel(backbone, {name: OBJECTIVES[name](sizes) for name in MIX}, dict.fromkeys(MIX, 1.0))
+
+
+def _batch(config: BenchConfig) -> Batch:
+    source = Synthetic(config.utterances, visual_width=VISUAL_WIDTH, acoustic_width=ACOUSTIC_WIDTH, expressions=EXPRESSIONS)
+    features = [Features.from_manifest(source.manifest[name]) for name in ("visual", "acoustic")]
+    encoder = Encoder(TextEncoder(_Words(), 30), features[0], features[1], EXPRESSIONS)
+    plan = MaskingPlan([MaskSpec(name, OBJECTIVES[name].modality, mix) for name, mix in MIX.items()], seed=0)
+    steps = Steps(
+        source, Order(len(source), 0), encoder, plan, global_batch=config.utterances, max_tokens=config.utterances * 256, rank=0, world=1
+    )
+    return steps[0].batches[0]
+
+
+def _interleaved(sides: list[Callable[[], Tensor]], model: TaskModel, repeats: int) -> list[list[float]]:
+    times: list[list[float]] = [[] for _ in sides]
+    for turn in range(repeats + 1):
+        for side, taken in zip(sides, times, strict=True):
+            model.zero_grad(set_to_none=True)
+            start = time.perf_counter()
+            side().backward()
+            if turn:  # the first turn warms caches and allocators
+                taken.append(time.perf_counter() - start)
+    return times
+
+
+def _padded_loss(model: TaskModel, batch: Batch, scales: dict[str, float]) -> Tensor:
+    backbone = model.backbone
+    lengths = batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]
+    valid = torch.arange(batch.max_seqlen)[None, :] < lengths[:, None]
+    places = valid.flatten().nonzero().squeeze(1)
+    hidden = _padded_hidden(backbone, batch, places, valid)
+    total = hidden.new_zeros(())
+    flat = hidden.flatten(0, 1)
+    for name, task in model.tasks.items():
+        targets = batch.targets[name]
+        moved = type(targets)(places[targets.rows], targets.values)
+        loss, _ = task(flat, moved, batch, backbone)
+        total = total + loss * scales[name]
+    return total
+
+
+def _padded_hidden(backbone: UnifiedTransformer, batch: Batch, places: Tensor, valid: Tensor) -> Tensor:
+    rows = torch.cat([batch.text_rows, batch.visual_rows, batch.acoustic_rows])
+    type_row = backbone.text.types(torch.ones_like(batch.text_positions[:1]))[0]
+    parts = torch.cat([
+        backbone.text(batch.text, batch.text_positions),
+        backbone.visual(batch.visual, batch.visual_masked, batch.visual_positions, type_row),
+        backbone.acoustic(batch.acoustic, batch.acoustic_masked, batch.acoustic_positions),
+    ])
+    x = parts.new_zeros(valid.numel(), backbone.width).index_copy(0, places[rows], parts).view(*valid.shape, -1)
+    for layer in backbone.layers:
+        x = _padded_layer(layer, x, valid[:, None, None, :])  # type: ignore[arg-type]  # a ModuleList of Layer
+    return x
+
+
+def _padded_layer(layer: Layer, x: Tensor, valid: Tensor) -> Tensor:
+    q, k, v = (item.transpose(1, 2) for item in layer.qkv(x).unflatten(-1, (3, layer.heads, -1)).unbind(2))
+    attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=valid).transpose(1, 2).flatten(-2)
+    x = layer.attention_norm(x + layer.out(attended))
+    return layer.ffn_norm(x + layer.down(functional.gelu(layer.up(x))))
