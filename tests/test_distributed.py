@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from typing import Any
+
+import pytest
+
+from emoscale import distributed
+from emoscale.config import ConfigError
+from emoscale.distributed import World, world_from
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SLURM = {
+    "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_TASKS_PER_NODE": "4(x2)",
+    "SLURM_NTASKS_PER_NODE": "4",
+}
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR", "SLURM_PROCID")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, World(0, 1, 0, 1)),
+        ({"PATH": "/bin", "SLURM_JOB_ID": "3"}, World()),
+        (TORCHRUN, World(5, 8, 1, 4)),
+        ({"WORLD_SIZE": "1"}, World()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, World()),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, World(3, 4, 1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, World(1, 2, 1, 2)),
+        (SLURM, World(5, 8, 1, 4)),
+        (SLURM | TORCHRUN | {"RANK": "2"}, World(2, 8, 1, 4)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, World()),
+        ({"SLURM_NTASKS": "8"}, World()),
+        (SLURM | {"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_TASKS_PER_NODE": "1,2"}, World(2, 3, 1, 2)),
+        (SLURM | {"SLURM_PROCID": "8", "SLURM_NTASKS": "9", "SLURM_LOCALID": "0", "SLURM_NODEID": "2", "SLURM_TASKS_PER_NODE": "4(x2),1"}, World(8, 9, 0, 1)),
+        (SLURM | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "2"}, World(1, 2, 1, 2)),
+    ],
+)
+def test_the_world_of_every_launcher(environment: dict[str, str], expected: World) -> None:
+    assert world_from(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        (TORCHRUN | {"RANK": "8"}, "rank 8 of 8, local rank 1 of 4"),
+        (TORCHRUN | {"RANK": "-1"}, "rank -1 of 8"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "local rank 4 of 4"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "16"}, "local rank 1 of 16"),
+        ({"RANK": "3"}, "WORLD_SIZE: "),
+        ({"WORLD_SIZE": "4"}, "RANK: "),
+        ({"WORLD_SIZE": "4", "RANK": "3"}, "LOCAL_RANK: "),
+        (TORCHRUN | {"WORLD_SIZE": "many"}, "WORLD_SIZE: 'many' is not a number"),
+        (SLURM | {"SLURM_TASKS_PER_NODE": "four"}, "SLURM_TASKS_PER_NODE: 'four'"),
+        (SLURM | {"SLURM_NODEID": "2"}, "SLURM_NODEID: 2"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_LOCALID: "),
+    ],
+)
+def test_contradictions_are_named(environment: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        world_from(environment)
+    assert str(caught.value).startswith(said) or said in str(caught.value)
+
+
+def test_rank_zero_is_main() -> None:
+    assert World().is_main
+    assert not World(1, 2, 1, 2).is_main
+
+
+def test_without_a_process_group_collectives_are_the_identity() -> None:
+    assert distributed.reduce_sum([1.5, 2.0]) == [1.5, 2.0]
+    assert distributed.reduce_max([]) == []
+    distributed.barrier()
+
+
+def test_alone_the_group_has_one_member_and_libraries_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    import torch.distributed as dist
+
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")  # so that what init() sets is undone
+        monkeypatch.delenv(name)
+    try:
+        assert distributed.init() == World()
+        assert dist.get_world_size() == 1
+        assert [os.environ[name] for name in VARIABLES[:4]] == ["0", "1", "0", "1"]
+        assert distributed.init() == World(), "a second call finds the group"
+        assert distributed.reduce_sum([3.0]) == [3.0]
+    finally:
+        distributed.shutdown()
+    assert not dist.is_initialized()
+    distributed.shutdown()
+
+
+def test_two_ranks_sum_and_compare_exactly() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    context = multiprocessing.get_context("fork")
+    answers: Any = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, port, answers)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    found = dict(answers.get(timeout=60) for _ in ranks)
+    for rank in ranks:
+        rank.join(60)
+        assert rank.exitcode == 0
+    big = 2.0**53 - 2
+    assert found == dict.fromkeys((0, 1), ([big + 1, 3.0], [big, 2.0]))
+
+
+def _rank(rank: int, port: str, answers: Any) -> None:
+    import os
+
+    values = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in values.items()} | {"CUDA_VISIBLE_DEVICES": ""})
+    world = distributed.init()
+    mine = [1.0, 1.0] if rank else [2.0**53 - 2, 2.0]
+    distributed.barrier()
+    answers.put((world.rank, (distributed.reduce_sum(mine), distributed.reduce_max(mine))))
+    distributed.shutdown()
