@@ -12,6 +12,7 @@ assets/                tokenizer, expression teacher and corpus manifest: what a
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from emoscale import distributed
 from emoscale.config import DataError
 from emoscale.data.streams import file_sha256
 
+log = logging.getLogger("emoscale")
 PREFIX = "step_"
 LATEST = "latest"
 
@@ -47,12 +49,13 @@ def save(folder: Path, state: State, world: distributed.World, assets: Path, *, 
     Args:
         folder: the run's `checkpoints/`.
         assets: folder copied into the checkpoint.
-        keep: checkpoints kept; older ones go, the newest verified never.
+        keep: checkpoints kept; older ones go, the newest verified never. Damaged ones that were passed over do not count.
     """
     final = folder / f"{PREFIX}{state.step:08d}"
     aside = folder / f".{final.name}.writing"
     if world.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
+        for unfinished in folder.glob(f".{PREFIX}*.writing"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         aside.mkdir(parents=True)
     distributed.barrier()
     save_file(_random_state(), aside / f"rng_{world.rank:05d}.safetensors")
@@ -68,8 +71,9 @@ def save(folder: Path, state: State, world: distributed.World, assets: Path, *, 
         verify(aside)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
-        _replace_text(folder / LATEST, final.name)
-        for old in sorted(folder.glob(f"{PREFIX}*"))[:-keep]:
+        replace_text(folder / LATEST, final.name)
+        older = sorted(path for path in folder.glob(f"{PREFIX}*") if path.name < final.name)
+        for old in older[: max(0, len(older) + 1 - keep)]:
             shutil.rmtree(old, ignore_errors=True)
     distributed.barrier()
     return final
@@ -82,7 +86,7 @@ def write_manifest(folder: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files if path != folder / "manifest.json"}
-    _replace_text(folder / "manifest.json", json.dumps({"files": hashes}, indent=1, sort_keys=True))
+    replace_text(folder / "manifest.json", json.dumps({"files": hashes}, indent=1, sort_keys=True))
 
 
 def verify(folder: Path) -> dict[str, str]:
@@ -95,8 +99,8 @@ def verify(folder: Path) -> dict[str, str]:
     if not path.is_file():
         raise DataError(f"{folder}: no manifest.json; this is no checkpoint, or it was never finished")
     try:
-        hashes: dict[str, str] = json.loads(path.read_text())["files"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        hashes: dict[str, str] = dict(json.loads(path.read_text())["files"])
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); take an older checkpoint") from error
     for name, wanted in hashes.items():
         file = folder / name
@@ -106,15 +110,17 @@ def verify(folder: Path) -> dict[str, str]:
 
 
 def find_latest(folder: Path) -> Path | None:
-    """Give the newest checkpoint that verifies; a damaged one is passed over with a warning on the log."""
-    import logging
+    """Give the newest checkpoint that verifies, None where there is none; a damaged one is passed over with a warning on the log.
 
+    Raises:
+        DataError: there are checkpoints, and all are damaged.
+    """
     candidates = sorted(folder.glob(f"{PREFIX}*"), reverse=True)
     for candidate in candidates:
         try:
             verify(candidate)
         except DataError as error:
-            logging.getLogger("emoscale").warning("checkpoint passed over: %s", error)
+            log.warning("checkpoint passed over: %s", error)
             continue
         return candidate
     if candidates:
@@ -145,7 +151,8 @@ def _random_state() -> dict[str, Tensor]:
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves either the old one or the new one, whole."""
     aside = path.with_name(f".{path.name}.writing")
     with aside.open("w") as file:
         file.write(text)

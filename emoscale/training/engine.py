@@ -21,6 +21,10 @@ from emoscale.config import EmoscaleError
 
 NO_CLIPPING = 1e30
 """Stands for "off": the norm is still measured, nothing is scaled."""
+GUARDED_STEPS = 2
+"""Steps after a start whose backward passes must reach every trained parameter on every rank."""
+NAMED = 5
+"""Parameters an error names."""
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 
@@ -100,6 +104,7 @@ class Engine:
         self.moments = MOMENTS[optim.name]
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=_optimizer(model, optim), config=self.config, dist_init_required=False)
         self.module: nn.Module = self.engine.module
+        self._guarded = GUARDED_STEPS
         self._make_moments()
         if self.plain:
             self._base().register_step_pre_hook(_clipping(optim.clip))
@@ -109,19 +114,27 @@ class Engine:
         return self.engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients; one call per micro-batch."""
+        """Accumulate gradients; one call per micro-batch.
+
+        Raises:
+            EmoscaleError: in one of the first steps, a trained parameter has no part in some rank's loss.
+        """
+        if self._guarded > 0:
+            self._require_all(loss)
         self.engine.backward(loss)
 
     def step(self, lr: float) -> StepResult:
         """Update the weights, unless a gradient is not finite (on any rank: then no rank updates)."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        self._guarded -= 1
         if self.plain and not self._finite():
             self.engine.zero_grad()
             return StepResult(math.nan, False)
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
-        return StepResult(norm, bool(self.engine.was_step_applied()))
+        applied = bool(self.engine.was_step_applied())
+        # A skipped step leaves the norm of the one before.
+        return StepResult(float(self.engine.get_global_grad_norm() or 0.0) if applied else math.nan, applied)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Give the trained parameters with their names, in a fixed order."""
@@ -141,13 +154,6 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         full = self._base().state[value][key] if self.plain else safe_get_full_optimizer_state(value, key)
-        return full.detach().float().cpu().clone()
-
-    def full_gradient(self, value: nn.Parameter) -> Tensor:
-        """Give one parameter's gradient after backward, averaged over ranks, whole, on the host (collective)."""
-        from deepspeed.utils import safe_get_full_grad
-
-        full = value.grad if self.plain else safe_get_full_grad(value)
         return full.detach().float().cpu().clone()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
@@ -194,8 +200,10 @@ class Engine:
             safe_set_local_optimizer_state(value, part, key)
 
     def _make_moments(self) -> None:
-        """Give every partition its moments now: DeepSpeed links them to parameters once, after the first group's first step,
-        when the other groups have none yet, and restoring a checkpoint needs them before any step.
+        """Give every partition its moments now.
+
+        DeepSpeed links them to parameters once, after the first group's first step, when the other groups have none yet; and
+        restoring a checkpoint needs them before any step.
         """
         partitions = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)
         if partitions is None:
@@ -212,6 +220,27 @@ class Engine:
     def _base(self) -> torch.optim.Optimizer:
         """Give torch's optimizer below DeepSpeed's."""
         return self.engine.optimizer if self.plain else self.engine.optimizer.optimizer
+
+    def _require_all(self, loss: Tensor) -> None:
+        """Compare what this backward will reach with the trained parameters, on all ranks together (collective).
+
+        Ranks that leave out different parameters get wrong gradients from ZeRO-1 and 2 without a word. Looking at the graph
+        before backward keeps ZeRO's own collectives from hanging first.
+        """
+        reached = _leaves(loss)
+        names = [name for name, _ in self.parameters()]
+        missing = distributed.reduce_max([0.0 if id(value) in reached else 1.0 for _, value in self.parameters()])
+        left_out = [name for name, lacks in zip(names, missing, strict=True) if lacks]
+        if left_out:
+            more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+            raise EmoscaleError(
+                f"{len(left_out)} trained parameters have no part in the loss of some rank: {', '.join(left_out[:NAMED])}{more}; "
+                "every rank must run every module in every forward (on zero rows where there is nothing to do), or freeze them"
+            )
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers; the module stays usable."""
+        self.engine.destroy()
 
     def _finite(self) -> bool:
         grads = [value.grad for _, value in self.parameters() if value.grad is not None]
@@ -251,6 +280,20 @@ def _deepspeed_config(optim: OptimConfig, zero: ZeroConfig, precision: str) -> d
         "steps_per_print": sys.maxsize,
         "wall_clock_breakdown": False,
     }
+
+
+def _leaves(loss: Tensor) -> set[int]:
+    """Give the identities of the parameters that a loss depends on."""
+    todo, seen, leaves = [loss.grad_fn], set(), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        todo += [before for before, _ in node.next_functions]
+    return leaves
 
 
 def _clipping(limit: float) -> Callable[..., None]:

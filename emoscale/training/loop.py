@@ -56,14 +56,18 @@ def train(
     ranks = torch.distributed.get_world_size()
     for data in steps:
         ready = time.perf_counter()
-        counts = _global_counts(data, tasks)
+        counts, skipped = _global_counts(data, tasks)
+        if skipped:
+            _report_skipped(data)
         micro_batches = int(distributed.reduce_max([float(len(data.batches))])[0])
         scales = {name: ranks / max(counts[name], MIN_COUNT) for name in tasks}
         sums: dict[str, torch.Tensor] = {}
+        losses: list[torch.Tensor] = []
         for i in range(micro_batches):
             batch = data.batches[i] if i < len(data.batches) else data.batches[0].without_targets()
             loss, parts = engine.forward(batch.to(device), scales)
             engine.backward(loss)
+            losses.append(loss.detach())
             for name, value in parts.items():
                 sums[name] = sums[name] + value if name in sums else value
         lr = hooks.learning_rate(data.step)
@@ -71,10 +75,15 @@ def train(
         done = data.step + 1
         in_a_row = 0 if outcome.applied else in_a_row + 1
         if not outcome.applied:
-            _report_nonfinite(data, in_a_row, max_nonfinite)
+            _report_nonfinite(data, losses, in_a_row)
         if done % log_every == 0 or done == last or not outcome.applied:
             row = _row(data, sums, counts, engine, lr, outcome.grad_norm, outcome.applied, ready - asked, time.perf_counter() - asked)
             hooks.track(row)
+        if in_a_row >= max_nonfinite:
+            raise EmoscaleError(
+                f"gradients were not finite for {in_a_row} steps in a row (run.max_nonfinite={max_nonfinite}); the utterances are in "
+                "train.log; lower optim.lr, or look at these utterances"
+            )
         asked = time.perf_counter()
         stopping = distributed.reduce_max([1.0 if hooks.stop() else 0.0])[0] > 0
         if done % save_every == 0 or done == last or stopping:
@@ -84,9 +93,11 @@ def train(
     return Result(last, True, "all steps done")
 
 
-def _global_counts(data: StepData, tasks: list[str]) -> dict[str, float]:
+def _global_counts(data: StepData, tasks: list[str]) -> tuple[dict[str, float], int]:
+    """Give the targets of each task and the skipped utterances, over all ranks."""
     local = [float(sum(batch.targets[name].count for batch in data.batches)) for name in tasks]
-    return dict(zip(tasks, distributed.reduce_sum(local), strict=True))
+    *counts, skipped = distributed.reduce_sum([*local, float(len(data.skipped))])
+    return dict(zip(tasks, counts, strict=True)), int(skipped)
 
 
 def _row(
@@ -106,7 +117,7 @@ def _row(
         "step": data.step + 1,
         "loss": sum(weights[name] * value for name, value in losses.items()),
         "lr": lr,
-        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "grad_norm": grad_norm,
         "utterances": int(utterances),
         "tokens": int(tokens),
         "skipped": int(skipped),
@@ -118,14 +129,19 @@ def _row(
     row |= {f"loss/{name}": value for name, value in losses.items()} | {name: value for name, value in means.items() if "/" in name}
     if torch.cuda.is_available():
         row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return row
+    # JSON has no NaN.
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
 
 
-def _report_nonfinite(data: StepData, in_a_row: int, limit: int) -> None:
-    names = [name for batch in data.batches for name in batch.ids]
-    log.error("step %d skipped: gradients are not finite (%d in a row); utterances of this rank: %s", data.step + 1, in_a_row, ", ".join(names))
-    if in_a_row >= limit:
-        raise EmoscaleError(
-            f"gradients were not finite for {in_a_row} steps in a row (run.max_nonfinite={limit}); the utterances are in train.log; "
-            "lower optim.lr, or look at these utterances"
-        )
+def _report_skipped(data: StepData) -> None:
+    """Name what was skipped on any rank in the log of the first one (collective)."""
+    names = distributed.gather_names(data.skipped)
+    log.warning("step %d: %d utterances skipped, not finite or empty: %s", data.step + 1, len(names), ", ".join(names))
+
+
+def _report_nonfinite(data: StepData, losses: list[torch.Tensor], in_a_row: int) -> None:
+    """Name the utterances of the micro-batches whose loss is not finite, or all where every loss is (collective)."""
+    suspects = [batch for batch, loss in zip(data.batches, losses, strict=False) if not bool(loss.isfinite())]
+    named = distributed.gather_names([name for batch in suspects for name in batch.ids])
+    named = named or distributed.gather_names([name for batch in data.batches for name in batch.ids])
+    log.error("step %d skipped: gradients are not finite (%d in a row); utterances: %s", data.step + 1, in_a_row, ", ".join(named))

@@ -133,19 +133,19 @@ def pretrain(config: RunConfig) -> Path:
         DataError: a corpus cannot be read.
         EmoscaleError: training cannot go on.
     """
+    preemption = Preemption(config.run.signal)
     world = distributed.init()
     folder = Path(config.run.output)
     latest = _open_folder(folder, config, world)
-    preemption = Preemption(config.run.signal)
     corpus = open_corpus(config.data, config.run.seed)
     built = _build(config, corpus, world)
     state = checkpoint.load(latest) if latest is not None else None
     if state is not None:
+        _check_fits(state.meta, _identity(built, corpus))
         built.model.load_state_dict(state.weights)
     engine = Engine(built.model, config.optim, config.zero, config.run.precision)
     first = 0
     if state is not None and latest is not None:
-        _check_vocabulary(state.meta, built)
         engine.load_state(state.weights, state.moments, state.optimizer_steps)
         checkpoint.restore_random_state(latest, world, state.meta["world"])
         first = state.step
@@ -217,6 +217,7 @@ def _train(config: RunConfig, engine: Engine, built: Built, corpus: Utterances, 
     loop, optim = config.run, config.optim
     if world.is_main:
         write_assets(folder / "assets", built, config)
+        (folder / "deepspeed.json").write_text(json.dumps(engine.config, indent=1))
     distributed.barrier()
     steps = Steps(
         corpus, Order(len(corpus), loop.seed), built.encoder, built.plan,
@@ -225,7 +226,7 @@ def _train(config: RunConfig, engine: Engine, built: Built, corpus: Utterances, 
     outputs = trackers(folder, first, loop.track, to_dict(config)) if world.is_main else []
 
     def save(step: int) -> None:
-        state = checkpoint.State(step, *engine.state(), meta={"vocabulary": built.shape["vocabulary"], "seed": loop.seed})
+        state = checkpoint.State(step, *engine.state(), meta=_identity(built, corpus) | {"seed": loop.seed})
         checkpoint.save(folder / "checkpoints", state, world, folder / "assets", keep=loop.keep)
 
     def track(row: dict[str, Any]) -> None:
@@ -257,7 +258,7 @@ def _open_folder(folder: Path, config: RunConfig, world: distributed.World) -> P
     """Write what tells the run apart; give the checkpoint to go on from, None for a new run."""
     latest = checkpoint.find_latest(folder / "checkpoints")
     told = folder / "config.json"
-    mine = {key: value for key, value in to_dict(config).items()}
+    mine = to_dict(config)
     if latest is not None and told.is_file():
         changed = [line for line in differences(json.loads(told.read_text()), mine) if not line.startswith(RESUMABLE)]
         if changed:
@@ -266,7 +267,7 @@ def _open_folder(folder: Path, config: RunConfig, world: distributed.World) -> P
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "done.json").unlink(missing_ok=True)
-        told.write_text(json.dumps(mine, indent=1))
+        checkpoint.replace_text(told, json.dumps(mine, indent=1))
         (folder / "config.yaml").write_text(to_yaml(config))
         (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
         open_log(folder / "train.log")
@@ -277,12 +278,19 @@ def _open_folder(folder: Path, config: RunConfig, world: distributed.World) -> P
 
 RESUMABLE = ("data.corpora", "data.max_tokens", "data.workers", "zero.", "run.output", "run.log_every", "run.save_every", "run.keep", "run.track",
              "run.signal", "run.threads", "run.max_nonfinite")
-"""Keys that may change when a run goes on: they do not change what is computed (`zero` and `max_tokens` up to rounding)."""
+"""Keys that may change when a run goes on: they do not change what is computed (`zero` and `max_tokens` up to rounding; a corpus may move)."""
 
 
-def _check_vocabulary(meta: dict[str, Any], built: Built) -> None:
-    if meta["vocabulary"] != built.shape["vocabulary"]:
-        raise DataError(f"the checkpoint's tokenizer has {meta['vocabulary']} pieces, this one {built.shape['vocabulary']}; nothing was loaded")
+def _identity(built: Built, corpus: Utterances) -> dict[str, Any]:
+    """Give what must be the same for a run to go on."""
+    return {"shape": built.shape, "tasks": list(built.model.tasks), "utterances": len(corpus)}
+
+
+def _check_fits(meta: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Raise where a checkpoint's model or corpus is another; a corpus may have moved, but not changed."""
+    changed = differences({key: meta[key] for key in mine}, mine)
+    if changed:
+        raise DataError(f"the checkpoint belongs to another model or corpus ({'; '.join(changed)}); nothing was loaded; choose another run.output")
 
 
 def _finish(folder: Path, world: distributed.World, result: Result) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from emoscale.config import ConfigError
+from emoscale.training.checkpoint import replace_text
 
 Backend = Literal["wandb", "tensorboard"]
 
@@ -26,7 +27,7 @@ class JsonLines:
 
     def __init__(self, path: Path, first_step: int) -> None:
         rows = [row for row in read_rows(path) if row["step"] <= first_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
 
     def log(self, row: dict[str, Any]) -> None:
