@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from emoscale.batch import Utterance
+from emoscale.config import DataError
+from emoscale.data.streams import Corpus, Joined, Order, Selected, Shuffled
+from emoscale.data.synthetic import Synthetic
+from tests.data.conftest import COUNT, Listed
+
+
+def assert_same(found: Utterance, expected: Utterance) -> None:
+    for name, value in vars(expected).items():
+        if isinstance(value, np.ndarray):
+            assert getattr(found, name).dtype == value.dtype
+            assert getattr(found, name).shape == value.shape
+            np.testing.assert_array_equal(getattr(found, name), value)
+        else:
+            assert getattr(found, name) == value, name
+
+
+def test_every_record_comes_back_at_random_also_absent_modalities(folder: Path, synthetic: Synthetic) -> None:
+    corpus = Corpus(folder)
+    assert len(corpus) == COUNT
+    assert len(json.loads((folder / "index.json").read_text())["shards"]) > 3
+    expected = list(synthetic)
+    assert any(not item.text for item in expected)
+    assert any(not len(item.visual) for item in expected)
+    for number in np.random.permutation(COUNT).tolist():
+        assert_same(corpus[number], expected[number])
+
+
+@pytest.mark.parametrize("number", [-1, COUNT, COUNT + 1000])
+def test_numbers_outside_are_refused(folder: Path, number: int) -> None:
+    for corpus in (Corpus(folder), Joined([Corpus(folder)])):
+        with pytest.raises(IndexError, match=f"utterance {number} of {COUNT}"):
+            corpus[number]
+    assert len(list(Corpus(folder))) == COUNT
+
+
+def test_a_corpus_travels_to_a_worker_without_its_open_readers(folder: Path, synthetic: Synthetic) -> None:
+    corpus = Corpus(folder)
+    assert corpus[0].id == synthetic[0].id
+    assert_same(pickle.loads(pickle.dumps(corpus))[59], synthetic[59])
+
+
+def test_streaming_reads_the_same_records_in_the_same_order(folder: Path) -> None:
+    from streaming import StreamingDataset
+
+    corpus = Corpus(folder)
+    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1, num_canonical_nodes=1)
+    rows = [Utterance.from_record(row) for row in dataset]
+    assert len(rows) == len(corpus)
+    for number, row in enumerate(rows):
+        assert_same(row, corpus[number])
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def flip_a_byte(folder: Path) -> None:
+    path = folder / "shard.00001.mds"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def shard(number: int, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "index.json", lambda index: change(index["shards"][number]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip_a_byte, "shard.00001.mds: shard is damaged"),
+        (lambda f: (f / "shard.00001.mds").write_bytes(b""), "shard.00001.mds: shard is damaged"),
+        (lambda f: (f / "shard.00001.mds").write_bytes((f / "shard.00001.mds").read_bytes()[:-1]), "shard.00001.mds: shard is damaged"),
+        (lambda f: (f / "shard.00001.mds").unlink(), "shard.00001.mds: shard is missing; copy it from its source"),
+        (shard(1, lambda s: s["raw_data"].update(basename="../shard.00001.mds")), "lies outside the corpus"),
+        (shard(1, lambda s: s["raw_data"].update(basename="/etc/passwd")), "lies outside the corpus"),
+        (shard(1, lambda s: s["raw_data"].update(hashes={})), "holds no sha256"),
+        (shard(1, lambda s: s["raw_data"].pop("hashes")), "holds no sha256"),
+        (shard(1, lambda s: s["column_encodings"].__setitem__(0, "pkl")), "are not an utterance's"),
+        (shard(1, lambda s: s["column_encodings"].__setitem__(0, "ndarray:float32")), "are not an utterance's"),
+        (shard(1, lambda s: s["column_names"].pop()), "are not an utterance's"),
+        (shard(1, lambda s: s.pop("column_names")), "are not an utterance's"),
+    ],
+)
+@pytest.mark.faults
+def test_a_bad_shard_is_an_error_that_names_it_and_never_a_short_pass(copy: Path, damage: Callable[[Path], Any], said: str) -> None:
+    damage(copy)
+    corpus = Corpus(copy)
+    first = json.loads((copy / "index.json").read_text())["shards"][0]["samples"]
+    assert [corpus[i].id for i in range(first)], "the shards before it can be read"
+    with pytest.raises(DataError) as caught:
+        list(corpus)
+    assert said in str(caught.value)
+    assert str(copy) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json: not found"),
+        (lambda f: (f / "index.json").unlink(), "index.json: not found"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: not readable as JSON"),
+        (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json: not readable as JSON"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "holds a list, an object was expected"),
+        (lambda f: edit(f / "manifest.json", lambda m: m.update(schema=2)), "manifest schema is 2, this version reads 1"),
+        (lambda f: edit(f / "manifest.json", lambda m: m.pop("schema")), "manifest schema is None"),
+        (lambda f: edit(f / "manifest.json", lambda m: m.pop("counts")), "are not those of a corpus"),
+        (lambda f: (f / "index.json").write_text("{}"), "are not those of a corpus"),
+        (lambda f: edit(f / "index.json", lambda i: i["shards"].pop()), "index.json counts"),
+        (lambda f: edit(f / "index.json", lambda i: i["shards"][0].update(samples=1)), "index.json counts"),
+    ],
+)
+@pytest.mark.faults
+def test_a_folder_that_is_no_whole_corpus_is_refused_at_once(copy: Path, damage: Callable[[Path], Any], said: str) -> None:
+    damage(copy)
+    with pytest.raises(DataError) as caught:
+        Corpus(copy)
+    assert said in str(caught.value)
+    assert str(copy) in str(caught.value)
+
+
+@pytest.mark.faults
+def test_a_shard_that_vanishes_later_is_named(copy: Path) -> None:
+    corpus = Corpus(copy)
+    assert corpus[0].id
+    for path in copy.glob("*.mds"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"shard\.00000\.mds: shard can no longer be read"):
+        corpus[1]
+
+
+def test_joined_corpora_are_numbered_through(folder: Path) -> None:
+    joined = Joined([Corpus(folder), Corpus(folder)])
+    assert len(joined) == 2 * COUNT
+    for number in (0, COUNT - 1, COUNT, 2 * COUNT - 1):
+        assert joined[number].id == Corpus(folder)[number % COUNT].id
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("visual", {"encoder": {"name": "another"}}),
+        ("acoustic", {"width": 7}),
+        ("visual_emotion", {"classes": ["happy", "sad", "class 2"]}),
+        ("visual_emotion", {"teacher_sha256": "ff"}),
+    ],
+)
+def test_corpora_of_other_encoders_or_teachers_are_not_joined(folder: Path, copy: Path, key: str, change: dict) -> None:
+    edit(copy / "manifest.json", lambda manifest: manifest[key].update(change))
+    with pytest.raises(DataError, match=f"{copy}: {key} features are "):
+        Joined([Corpus(folder), Corpus(copy)])
+
+
+def test_one_corpus_without_teacher_is_not_joined(folder: Path, copy: Path) -> None:
+    edit(copy / "manifest.json", lambda manifest: manifest.update(visual_emotion=None))
+    with pytest.raises(DataError, match="visual_emotion"):
+        Joined([Corpus(folder), Corpus(copy)])
+
+
+def test_a_prefix_selects(folder: Path) -> None:
+    selected = Selected(Corpus(folder), "synthetic#00001")
+    assert [item.id for item in (selected[i] for i in range(len(selected)))] == [f"synthetic#00001{i}" for i in range(10)]
+    with pytest.raises(DataError, match=r"data\.only: no utterance's id begins with 'films/'; ids look like 'synthetic#000000'"):
+        Selected(Corpus(folder), "films/")
+
+
+@pytest.mark.parametrize("count", [3, 4, 50])
+def test_shuffled_modalities_come_from_three_utterances_each_used_once(count: int) -> None:
+    frames = lambda i: np.full((1, 1), i, np.float16)  # noqa: E731
+    items = [Utterance(str(i), text=str(i), visual=frames(i), visual_emotion=frames(i), acoustic=frames(i)) for i in range(count)]
+    source = Listed(items, {})
+    shuffled = Shuffled(source, 7)
+    found = [shuffled[i] for i in range(count)]
+    for i, item in enumerate(found):
+        assert item.text == item.id == str(i)
+        assert item.visual is items[int(item.visual[0, 0])].visual
+        assert item.visual_emotion[0, 0] == item.visual[0, 0]
+        assert len({i, int(item.visual[0, 0]), int(item.acoustic[0, 0])}) == 3
+    assert sorted(int(item.visual[0, 0]) for item in found) == list(range(count))
+    assert sorted(int(item.acoustic[0, 0]) for item in found) == list(range(count))
+    assert [int(item.visual[0, 0]) for item in items] == list(range(count)), "the source is as before"
+    assert [Shuffled(source, 7)[i].visual[0, 0] for i in range(count)] == [item.visual[0, 0] for item in found]
+
+
+def test_two_utterances_cannot_be_mixed() -> None:
+    with pytest.raises(DataError, match=r"data\.shuffle_modalities: 2 utterances are too few"):
+        Shuffled(Listed([Utterance("a"), Utterance("b")], {}), 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12, 100])
+@pytest.mark.parametrize("block", [1, 3, 4, 1 << 16])
+def test_every_pass_takes_every_utterance_once(count: int, block: int) -> None:
+    order = Order(count, 3, block)
+    passes = []
+    for turn in range(3):
+        places = [order.at(place) for place in range(turn * count, (turn + 1) * count)]
+        assert {found for found, _ in places} == {turn}
+        passes.append([number for _, number in places])
+        assert sorted(passes[-1]) == list(range(count))
+    if count >= 12:
+        assert passes[0] != passes[1] != passes[2]
+        assert passes[0] != sorted(passes[0])
+        assert [Order(count, 4, block).at(i)[1] for i in range(count)] != passes[0]
+    assert [Order(count, 3, block).at(i)[1] for i in range(count)] == passes[0]
+
+
+def test_places_are_read_in_any_order_and_blocks_stay_together() -> None:
+    order = Order(100, 0, 8)
+    assert [order.at(i) for i in (250, 3, 99, 0)] == [Order(100, 0, 8).at(i) for i in (250, 3, 99, 0)]
+    blocks = [order.at(place)[1] // 8 for place in range(100)]
+    changes = sum(a != b for a, b in zip(blocks, blocks[1:], strict=False))
+    assert changes == 12, "13 blocks, each read to its end"
+
+
+def test_an_empty_corpus_is_refused() -> None:
+    with pytest.raises(DataError, match="holds no utterance"):
+        Order(0, 0)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from emoscale.batch import Utterance
+from emoscale.config import ConfigError, DataError
+from emoscale.data.tokens import SPECIAL, Features, TextEncoder, load_tokenizer
+
+
+def pieces(encoder: TextEncoder, ids: np.ndarray) -> list[str]:
+    return encoder.tokenizer.convert_ids_to_tokens(ids.tolist())
+
+
+def test_pieces_of_a_word_share_its_number(tokenizer: Any) -> None:
+    encoder = TextEncoder(tokenizer, 30)
+    found = encoder("The  unlikely door.")
+    assert pieces(encoder, found.ids) == ["[CLS]", "the", "un", "##like", "##ly", "door", ".", "[SEP]"]
+    assert found.words.tolist() == [SPECIAL, 0, 1, 1, 1, 2, 2, SPECIAL], "a word is a whitespace chunk with its punctuation"
+    assert found.ids.dtype == found.words.dtype == np.int64
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\u200b"])
+def test_no_text_is_an_empty_sequence(tokenizer: Any, text: str) -> None:
+    found = TextEncoder(tokenizer, 30)(text)
+    assert found.words.tolist() == [SPECIAL, SPECIAL]
+
+
+def test_long_texts_are_cut_and_keep_their_end_mark(tokenizer: Any) -> None:
+    encoder = TextEncoder(tokenizer, 4)
+    found = encoder("the door is open and then it rains")
+    assert pieces(encoder, found.ids) == ["[CLS]", "the", "door", "is", "open", "[SEP]"]
+
+
+def test_special_tokens_in_a_text_are_words_like_any_other(tokenizer: Any) -> None:
+    encoder = TextEncoder(tokenizer, 30)
+    found = encoder("the [MASK] [SEP] [PAD] door")
+    special = {encoder.cls, encoder.sep, encoder.mask, tokenizer.pad_token_id}
+    assert [i for i in found.ids.tolist() if i in special] == [encoder.cls, encoder.sep]
+    assert tokenizer("the [SEP]", add_special_tokens=False)["input_ids"][1] == encoder.sep, "the tokenizer itself is as before"
+
+
+def test_a_template_is_never_cut_nor_masked(tokenizer: Any) -> None:
+    encoder = TextEncoder(tokenizer, 6)
+    found = encoder("the door is open", "i am [MASK] .")
+    assert pieces(encoder, found.ids) == ["[CLS]", "the", "door", "i", "am", "[MASK]", ".", "[SEP]"]
+    assert found.words.tolist() == [SPECIAL, 0, 1, *[SPECIAL] * 5]
+    ended = TextEncoder(tokenizer, 30)("the door", "i am [MASK] .")
+    assert pieces(encoder, ended.ids) == ["[CLS]", "the", "door", ".", "i", "am", "[MASK]", ".", "[SEP]"]
+
+
+def test_replacements_are_all_but_special_tokens(tokenizer: Any) -> None:
+    encoder = TextEncoder(tokenizer, 30)
+    assert sorted({*encoder.replacements.tolist(), *tokenizer.all_special_ids}) == list(range(len(tokenizer)))
+    assert not set(encoder.replacements.tolist()) & set(tokenizer.all_special_ids)
+
+
+def test_a_tokenizer_is_found_in_the_corpus_or_by_name(folder: Path) -> None:
+    assert len(load_tokenizer("", folder)) == len(load_tokenizer(str(folder / "tokenizer"), None))
+
+
+def test_tokenizers_that_cannot_be_used_are_named(folder: Path, tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: .* holds no tokenizer; name one"):
+        load_tokenizer("", tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: .*nowhere cannot be loaded"):
+        load_tokenizer(str(tmp_path / "nowhere"), None)
+    broken = Path(shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer"))
+    (broken / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: .* cannot be loaded"):
+        load_tokenizer("", tmp_path)
+
+
+def test_a_tokenizer_without_mask_is_refused() -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(ConfigError, match=r"lacks \[CLS\], \[SEP\] or \[MASK\]"):
+        TextEncoder(plain, 30)
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    return {"width": 2, "max_frames": 3, "mean": [1.0, 2.0], "std": [2.0, 0.0]} | changes
+
+
+def test_frames_are_cut_and_normalised() -> None:
+    features = Features.from_manifest(manifest())
+    found = features(np.array([[3, 3]] * 5, np.float16), Utterance("a"))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, [[1.0, 1.0]] * 3)
+    assert len(Features.from_manifest(manifest(), 4)(np.zeros((5, 2), np.float16), Utterance("a"))) == 4
+
+
+def test_normalisation_is_not_done_in_half_precision() -> None:
+    features = Features.from_manifest(manifest(mean=[60000.0, 0.0], std=[0.5, 1.0]))
+    assert features(np.array([[65000, 0]], np.float16), Utterance("a")).tolist() == [[float(np.float16(65000)) * 2 - 120000.0, 0.0]]
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 2), (0, 9)])
+def test_no_frames_have_the_width_of_the_corpus(shape: tuple[int, int]) -> None:
+    assert Features.from_manifest(manifest())(np.zeros(shape, np.float16), Utterance("a")).shape == (0, 2)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4,)])
+def test_another_width_is_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match=r"films/a#3: features of shape .* the manifest says \[T, 2\]"):
+        Features.from_manifest(manifest())(np.ones(shape, np.float16), Utterance("films/a#3"))
+
+
+@pytest.mark.parametrize("changes", [{"mean": [1.0]}, {"std": [1.0, 1.0, 1.0]}, {"mean": [1.0, float("nan")]}, {"std": [float("inf"), 1.0]}])
+def test_constants_that_do_not_fit_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="must be 2 finite numbers each"):
+        Features.from_manifest(manifest(**changes))
