@@ -55,3 +55,16 @@ class Synthetic:
 
     def _frames(self, draw: np.random.Generator, state: np.ndarray, count: int, width: int) -> np.ndarray:
         return (0.5 * np.resize(state, width) + draw.normal(size=(count, width))).astype(np.float16)
+
+
+def synthetic_tokenizer() -> Any:
+    """Give a fast tokenizer over the synthetic words; needs no file."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]  # the stub knows no setter
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+    )
