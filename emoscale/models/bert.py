@@ -48,6 +48,7 @@ def read_bert(source: str, heads: int) -> dict[str, Tensor]:
     Raises:
         ConfigError: the id or folder cannot be read, or computes something else than our layers do.
     """
+    from safetensors import SafetensorError
     from transformers import BertConfig, BertForMaskedLM
 
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
@@ -60,7 +61,7 @@ def read_bert(source: str, heads: int) -> dict[str, Tensor]:
         if unlike:
             raise ConfigError(f"model.init: {source} has {unlike}, this model {LIKE_OURS | {'num_attention_heads': heads}}; give a BERT id or folder")
         model, report = BertForMaskedLM.from_pretrained(source, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.init: {source} cannot be loaded ({' '.join(str(error).split())}); give a BERT id or folder") from error
     # What the checkpoint lacks is drawn at random by transformers: that is no weight of it.
     return {name: value for name, value in model.state_dict().items() if name not in report["missing_keys"]}
