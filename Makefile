@@ -13,6 +13,7 @@ CORPUS ?=
 QUICK := quickstart
 BIN := $(VENV)/bin
 EMOSCALE := $(BIN)/emoscale
+DEMO := configs/pretrain/memobert-demo.yaml
 PROJECT := pyproject.toml setup.py
 , := ,
 
@@ -36,22 +37,26 @@ timed = @start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(($$(date 
 ifeq ($(CORPUS),)
 quickstart: $(VENV)/.installed
 	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo.yaml)
-	$(call timed,pretrain,$(EMOSCALE) pretrain configs/pretrain/memobert-demo.yaml)
+	$(call timed,pretrain,$(EMOSCALE) pretrain $(DEMO))
 	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/demo.yaml)
-	@test -s $(QUICK)/report.html && echo "report: $(QUICK)/report.html"
+	@cp $(QUICK)/finetune/report.html $(QUICK)/report.html
+	@echo "report: $(QUICK)/report.html"
 else
 quickstart: $(VENV)/.installed
 	$(call timed,prepare,$(EMOSCALE) prepare 'source=$(CORPUS)' output=$(QUICK)/own/corpus)
-	$(call timed,pretrain,$(EMOSCALE) pretrain configs/pretrain/memobert-demo.yaml 'data.corpora=[$(QUICK)/own/corpus]' run.output=$(QUICK)/own/pretrain)
+	$(call timed,pretrain,$(EMOSCALE) pretrain $(DEMO) data.only= 'data.corpora=[$(QUICK)/own/corpus]' run.output=$(QUICK)/own/pretrain)
 	@cp $(QUICK)/own/pretrain/report.html $(QUICK)/report.html
 	@echo "report: $(QUICK)/report.html (these films have no labels, so nothing was fine-tuned)"
 endif
 
 demo-report: $(VENV)/.installed
 	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo.yaml)
-	$(call timed,pretrain,$(EMOSCALE) pretrain configs/pretrain/memobert-demo.yaml)
-	$(call timed,control,$(EMOSCALE) pretrain configs/pretrain/memobert-demo.yaml data.shuffle_modalities=true run.output=$(QUICK)/control)
+	@for seed in 1 2 3; do \
+		$(EMOSCALE) pretrain $(DEMO) run.seed=$$seed run.output=$(QUICK)/report/pretrain-$$seed || exit 1; \
+		$(EMOSCALE) pretrain $(DEMO) run.seed=$$seed run.output=$(QUICK)/report/control-$$seed data.shuffle_modalities=true || exit 1; \
+	done
 	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/demo-report.yaml)
+	@echo "report: $(QUICK)/report/report.html"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -124,14 +124,21 @@ class Joined:
 
 
 class Selected:
-    """The utterances of a corpus whose id begins with a prefix, such as one folder of films (reads every record once)."""
+    """Some utterances of a corpus, chosen by their ids (reads every record once).
 
-    def __init__(self, source: Utterances, prefix: str) -> None:
+    Args:
+        source: the corpus.
+        only: prefix their ids begin with, such as one folder of films; empty = any.
+        without: prefixes of ids that are left out, such as those held out for evaluation.
+    """
+
+    def __init__(self, source: Utterances, only: str = "", without: tuple[str, ...] = ()) -> None:
         self.source = source
         self.manifest = source.manifest
-        self._numbers = [number for number in range(len(source)) if source[number].id.startswith(prefix)]
+        ids = [source[number].id for number in range(len(source))]
+        self._numbers = [n for n, name in enumerate(ids) if name.startswith(only) and not name.startswith(without)]
         if not self._numbers:
-            raise DataError(f"data.only: no utterance's id begins with {prefix!r}; ids look like {source[0].id!r}")
+            raise DataError(f"data.only, data.held_out: no utterance is left; ids look like {ids[0]!r}")
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -15,6 +15,7 @@ from emoscale.data.streams import Corpus
 from emoscale.evaluation.metrics import score
 from emoscale.evaluation.report import confusion_section, scores_section, write_report
 from emoscale.serving.hub import load
+from emoscale.training.heldout import evaluate_objectives
 
 
 @dataclass
@@ -22,9 +23,9 @@ class EvaluateConfig:
     """A model, a labelled corpus, and which of its utterances count."""
 
     model: str = MISSING
-    """Folder of a fine-tuned model."""
-    corpus: str = MISSING
-    """Folder that `emoscale prepare` wrote, with the model's encoders."""
+    """Folder of a fine-tuned model; or a pre-training run, whose objectives are then scored on what it held out."""
+    corpus: str = ""
+    """Folder that `emoscale prepare` wrote, with the model's encoders (not used for a pre-training run)."""
     labels: str = ""
     """CSV with columns `id,<label_key>,speaker[,split]`; empty = labels of the corpus' own records."""
     label_key: str = "label"
@@ -35,15 +36,23 @@ class EvaluateConfig:
     """Score these speakers alone, such as those of a test fold; empty = all."""
     report: str = ""
     """HTML file to write; empty = none."""
+    draws: int = 20
+    """Mask draws per utterance, where a pre-training run is scored."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Give WA, UAR, WF1, confusion matrix and 95 % intervals; by the same path as `predict` on media.
+    """Give WA, UAR, WF1, confusion matrix and 95 % intervals, by the same path as `predict` on media.
+
+    For a pre-training run: its objectives on what it held out, beside constant predictors.
 
     Raises:
         ConfigError: the model has no head.
         DataError: labels or encoders do not fit.
     """
+    if (Path(config.model) / "checkpoints").is_dir():
+        return evaluate_objectives(Path(config.model), draws=config.draws)
+    if not config.corpus:
+        raise ConfigError("corpus: no value given; name the prepared corpus whose labelled utterances are scored")
     model = load(config.model)
     if not model.classes:
         raise ConfigError(f"model: {config.model} is a pre-trained backbone without a head; `emoscale finetune` trains one")

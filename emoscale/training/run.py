@@ -41,6 +41,8 @@ class DataConfig:
     """Folders that `emoscale prepare` wrote."""
     only: str = ""
     """Train on the utterances whose id begins with this alone (`pretrain/`); empty = on all."""
+    held_out: str = ""
+    """Text file with one id, or beginning of ids, per line: utterances never trained on; `emoscale evaluate` scores them."""
     tokenizer: str = ""
     """Hugging Face id or folder; empty = the tokenizer that stands in the first corpus."""
     max_text: int = 30
@@ -183,8 +185,23 @@ def open_corpus(data: DataConfig, seed: int) -> Utterances:
         raise ConfigError("data.corpora: empty; name at least one folder that `emoscale prepare` wrote")
     parts = [Corpus(name) for name in data.corpora]
     corpus: Utterances = parts[0] if len(parts) == 1 else Joined(parts)
-    corpus = Selected(corpus, data.only) if data.only else corpus
+    if data.only or data.held_out:
+        corpus = Selected(corpus, data.only, read_held_out(data.held_out) if data.held_out else ())
     return Shuffled(corpus, seed) if data.shuffle_modalities else corpus
+
+
+def read_held_out(path: str) -> tuple[str, ...]:
+    """Read the beginnings of ids that are held out, one per line; `#` begins a comment where it begins a line.
+
+    Raises:
+        ConfigError: the file does not exist or names nothing.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"data.held_out: {path} does not exist; it is a text file with one id, or beginning of ids, per line")
+    lines = tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip() and not line.startswith("#"))
+    if not lines:
+        raise ConfigError(f"data.held_out: {path} names nothing")
+    return lines
 
 
 def make_encoder(data: DataConfig, corpus: Utterances, tokenizer: Any) -> Encoder:
