@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from emoscale.batch import MODALITIES, Utterance
-from emoscale.config import ConfigError, DataError
+from emoscale.config import ConfigError, DataError, differences
 from emoscale.data.collate import Encoded, Encoder
 from emoscale.data.streams import Utterances
 from emoscale.data.tokens import Features, TextEncoder
 
+log = logging.getLogger("emoscale")
 SHOWN = 5
+"""Rows an error names."""
 
 
 @dataclass
@@ -66,25 +69,30 @@ class Part:
 
 
 class LabelEncoder(Encoder):
-    """Encodes labelled utterances: with their class, with a prompt where a template is given, and once only.
+    """Encodes labelled utterances: with their class, and with a prompt where a template is given.
+
+    No head reads the expression teacher's answers, so a corpus without a teacher does as well.
 
     Args:
-        text, visual, acoustic, classes: see `Encoder`.
-        labels: utterance id → class number.
+        text, visual, acoustic: see `Encoder`.
+        labels: utterance id → class number; an utterance that is not named counts as class 0, which only a loss reads.
         template: prompt behind the text with one [MASK]; empty = none.
         modalities: those kept; the others are as if absent.
+        remember: encode each id once only; for a set whose ids are unique, and that is read again and again.
     """
 
     def __init__(
-        self, text: TextEncoder, visual: Features, acoustic: Features, classes: int, *, labels: dict[str, int], template: str,
-        modalities: list[str],
+        self, text: TextEncoder, visual: Features, acoustic: Features, *, labels: dict[str, int], template: str, modalities: list[str],
+        remember: bool = False,
     ) -> None:
-        super().__init__(text, visual, acoustic, classes)
+        super().__init__(text, visual, acoustic, 0)
         self.labels, self.template, self.modalities = labels, template, frozenset(modalities)
-        self._known: dict[str, Encoded | None] = {}
+        self._known: dict[str, Encoded | None] | None = {} if remember else None
 
     def __call__(self, utterance: Utterance, turn: int = 0) -> Encoded | None:
         """Encode one utterance; None where a feature is not finite."""
+        if self._known is None:
+            return self._encode(utterance)
         if utterance.id not in self._known:
             self._known[utterance.id] = self._encode(utterance)
         return self._known[utterance.id]
@@ -92,7 +100,7 @@ class LabelEncoder(Encoder):
     def _encode(self, utterance: Utterance) -> Encoded | None:
         kept = Utterance(id=utterance.id, text=utterance.text if "text" in self.modalities else "")
         if "visual" in self.modalities:
-            kept.visual, kept.visual_emotion = utterance.visual, utterance.visual_emotion
+            kept.visual = utterance.visual
         if "acoustic" in self.modalities:
             kept.acoustic = utterance.acoustic
         item = super().__call__(kept)
@@ -109,19 +117,20 @@ def read_labels(table: str, corpus: Utterances, key: str) -> dict[str, dict[str,
     """Give rows by utterance id, from a CSV with columns `id,<key>[,speaker,group,session,split]` or from the corpus' records.
 
     Raises:
-        DataError: the table lacks a column, names an id twice, or names none of the corpus.
+        ConfigError: there is no such table.
+        DataError: the table lacks a column, or names an id twice.
     """
     if not table:
         rows = {}
         for number in range(len(corpus)):
             item = corpus[number]
             if key in item.label:
-                rows[item.id] = {name: str(value) for name, value in item.label.items()} | {"speaker": item.speaker}
+                rows[item.id] = {name: "" if value is None else str(value) for name, value in item.label.items()} | {"speaker": item.speaker}
         return rows
     path = Path(table)
     if not path.is_file():
         raise ConfigError(f"labels: {path} does not exist; give a CSV with columns id,{key},speaker, or leave it empty")
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet writes a byte order mark
         reader = csv.DictReader(file)
         missing = {"id", key} - set(reader.fieldnames or ())
         if missing:
@@ -129,12 +138,12 @@ def read_labels(table: str, corpus: Utterances, key: str) -> dict[str, dict[str,
         listed = list(reader)
     twice = [name for name, count in Counter(row["id"] for row in listed).items() if count > 1]
     if twice:
-        raise DataError(f"{path}: {len(twice)} ids stand there more than once: {', '.join(twice[:SHOWN])}")
+        raise DataError(f"{path}: {len(twice)} ids stand there more than once: {_shown(twice)}")
     return {row["id"]: row for row in listed}
 
 
 def labelled_set(corpus: Utterances, rows: dict[str, dict[str, str]], *, key: str, classes: list[str], only: str) -> LabelledSet:
-    """Join a corpus with its labels.
+    """Join a corpus with its labels; an utterance without a row is no part of the set, a row without an utterance is named on the log.
 
     Args:
         rows: see `read_labels`.
@@ -143,17 +152,27 @@ def labelled_set(corpus: Utterances, rows: dict[str, dict[str, str]], *, key: st
         only: prefix of the ids that are used.
 
     Raises:
-        DataError: labels are missing, unknown or of a single class (rows are named).
+        DataError: labels are missing, unknown or of a single class, or an id occurs twice (rows are named).
     """
-    found = [corpus[number] for number in range(len(corpus))]
-    items = [item for item in found if item.id in rows and item.id.startswith(only) and rows[item.id].get(key, "")]
+    # The other utterances may be a pre-training corpus: they are not kept in memory.
+    items = [item for item in map(corpus.__getitem__, range(len(corpus))) if item.id in rows and item.id.startswith(only)]
     if not items:
-        raise DataError(f"no utterance of the corpus has a label {key!r}; ids look like {found[0].id!r}, the table's like {next(iter(rows), 'none')!r}")
+        within = f" beginning with {only!r}" if only else ""
+        raise DataError(f"no utterance{within} has a row of labels; the corpus' ids look like {corpus[0].id!r}, the table's like {next(iter(rows), 'none')!r}")
+    twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
+    if twice:
+        raise DataError(f"{len(twice)} ids stand in the corpus more than once: {_shown(twice)}; prepare it again")
+    blank = [item.id for item in items if not (rows[item.id].get(key) or "").strip()]
+    if blank:
+        raise DataError(f"{len(blank)} rows have no {key}: {_shown(blank)}; label them, or remove them from the table")
+    gone = sorted(name for name in rows.keys() - {item.id for item in items} if name.startswith(only))
+    if gone:
+        log.warning("%d labelled rows have no utterance in the corpus, and count nowhere: %s", len(gone), _shown(gone))
     named = [rows[item.id][key] for item in items]
     classes = classes or sorted(set(named))
     unknown = [f"{item.id} ({name})" for item, name in zip(items, named, strict=True) if name not in classes]
     if unknown:
-        raise DataError(f"{len(unknown)} rows have a label that is none of {', '.join(classes)}: {', '.join(unknown[:SHOWN])}; name it in classes")
+        raise DataError(f"{len(unknown)} rows have a label that is none of {', '.join(classes)}: {_shown(unknown)}; name it in classes")
     if len(set(named)) < 2:
         raise DataError(f"all {len(items)} rows have the label {named[0]!r}; at least two classes are needed ({items[0].id}, …)")
     column = lambda name: [rows[item.id].get(name, "") or "" for item in items]  # noqa: E731  # four uses, one line each
@@ -161,6 +180,23 @@ def labelled_set(corpus: Utterances, rows: dict[str, dict[str, str]], *, key: st
         corpus.manifest, items, np.array([classes.index(name) for name in named]), classes,
         [rows[item.id].get("speaker") or item.speaker for item in items], column("group"), column("session"), column("split"),
     )
+
+
+def check_encoders(theirs: dict[str, Any], mine: dict[str, Any], corpus: str) -> None:
+    """Raise where a corpus' features are not those a model was trained on.
+
+    Args:
+        theirs, mine: manifest of the model and of the corpus.
+        corpus: name of the corpus, for the message.
+    """
+    for key in ("visual", "acoustic"):
+        odd = differences({name: theirs[key][name] for name in ("encoder", "width")}, {name: mine[key][name] for name in ("encoder", "width")})
+        if odd:
+            raise DataError(f"{corpus}: its {key} features come from another encoder than the model's ({'; '.join(odd)}); prepare it alike")
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 def check_modalities(names: list[str]) -> None:

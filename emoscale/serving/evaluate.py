@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import MISSING
 
-from emoscale.config import ConfigError
-from emoscale.data.labelled import labelled_set, read_labels
+from emoscale.config import ConfigError, DataError
+from emoscale.data.labelled import check_encoders, labelled_set, read_labels
 from emoscale.data.streams import Corpus
 from emoscale.evaluation.metrics import score
 from emoscale.evaluation.report import confusion_section, scores_section, write_report
 from emoscale.serving.hub import load
 from emoscale.training.heldout import evaluate_objectives
+
+log = logging.getLogger("emoscale")
 
 
 @dataclass
@@ -56,15 +58,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     model = load(config.model)
     if not model.classes:
         raise ConfigError(f"model: {config.model} is a pre-trained backbone without a head; `emoscale finetune` trains one")
+    if not Path(config.corpus).is_dir():
+        raise ConfigError(f"corpus: {config.corpus} does not exist; `emoscale prepare` makes one")
     corpus = Corpus(config.corpus)
+    check_encoders(model.manifest, corpus.manifest, config.corpus)
     data = labelled_set(corpus, read_labels(config.labels, corpus, config.label_key), key=config.label_key, classes=model.classes, only=config.only)
+    absent = sorted(set(config.speakers) - set(data.speakers))
+    if absent:
+        raise DataError(f"speakers: {', '.join(absent)} speak in no labelled utterance; there are {', '.join(sorted(set(data.speakers))[:20])}")
     rows = [i for i in range(len(data)) if not config.speakers or data.speakers[i] in config.speakers]
     answers = model.classify([data[i] for i in rows])
-    answered = [i for i, row in enumerate(answers) if row["emotion"] is not None]
-    predicted = [model.classes.index(answers[i]["emotion"]) for i in answered]
-    kept = [rows[i] for i in answered]
+    unanswered = [row["id"] for row in answers if row["emotion"] is None]
+    if unanswered:
+        log.warning("%d utterances hold nothing that the model looks at, or features that are not finite: %s", len(unanswered), ", ".join(unanswered[:20]))
+    pairs = [(row, model.classes.index(answer["emotion"])) for row, answer in zip(rows, answers, strict=True) if answer["emotion"] is not None]
+    kept = [row for row, _ in pairs]
     scores = score(
-        data.labels[kept], np.array(predicted), model.classes, speakers=[data.speakers[i] for i in kept], ids=[data.ids[i] for i in kept]
+        data.labels[kept], [answer for _, answer in pairs], model.classes, speakers=[data.speakers[i] for i in kept], ids=[data.ids[i] for i in kept]
     )
     if config.report:
         command = f"emoscale evaluate model={config.model} corpus={config.corpus}"
@@ -73,4 +83,4 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             Path(config.report), title="Evaluation",
             sections=[scores_section(arms, command=command, source=config.corpus), confusion_section(arms, command=command, source=config.corpus)],
         )
-    return scores.to_dict() | {"unanswered": len(rows) - len(answered)}
+    return scores.to_dict() | {"unanswered": unanswered}

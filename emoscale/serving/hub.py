@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from emoscale.batch import Batch, Utterance
+from emoscale.batch import MODALITIES, Batch, Utterance
 from emoscale.config import ConfigError, DataError
-from emoscale.data.collate import Encoded, pack, split, utterance_or_none
+from emoscale.data.collate import pack, split, utterance_or_none
 from emoscale.data.labelled import LabelEncoder
 from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
 from emoscale.heads import HEADS
 from emoscale.models.task import Sizes, encode
 from emoscale.models.unified import UnifiedTransformer, initialise
-from emoscale.training.export import MODEL_TYPE
+from emoscale.training.export import MODEL_TYPE, SCHEMA
 
+if TYPE_CHECKING:
+    from emoscale.prepare.extract import Extractor
+
+log = logging.getLogger("emoscale")
 MAX_TOKENS = 16_384
+"""Packed tokens judged at once."""
 
 
 class EmoscaleConfig(PretrainedConfig):
@@ -45,7 +52,7 @@ class EmoscaleModel(PreTrainedModel):
     config_class = EmoscaleConfig
     base_model_prefix = "emoscale"
     main_input_name = "text"
-    _keys_to_ignore_on_load_unexpected = [r"^tasks\."]  # noqa: RUF012  # transformers reads a plain list of the class
+    _keys_to_ignore_on_load_unexpected = [r"^tasks\."]  # transformers reads a plain list of the class
 
     def __init__(self, config: EmoscaleConfig) -> None:
         super().__init__(config)
@@ -88,25 +95,35 @@ class EmotionModel:
 
     Args:
         folder: a model folder that `emoscale finetune` or `emoscale export` wrote.
+        device: where it computes; empty = a GPU where there is one.
+
+    Raises:
+        ConfigError: a file is missing.
+        DataError: weights, tokenizer or feature widths are damaged or another model's; says which.
     """
 
-    def __init__(self, folder: Path) -> None:
-        from emoscale.prepare.extract import Extractor
-
-        self.model: EmoscaleModel = EmoscaleModel.from_pretrained(folder).eval()  # type: ignore[assignment]  # of this class
+    def __init__(self, folder: Path, device: str = "") -> None:
+        self.manifest = _read(folder / "preprocessor_config.json")
+        tokenizer = load_tokenizer(str(folder / "tokenizer"), None)
+        shape = _read(folder / "config.json")["shape"]
+        if len(tokenizer) != shape["vocabulary"]:
+            raise DataError(f"{folder}: the tokenizer has {len(tokenizer)} pieces, the model {shape['vocabulary']}; this is another model's tokenizer")
+        for name in ("visual", "acoustic"):
+            if self.manifest[name]["width"] != shape[f"{name}_width"]:
+                raise DataError(
+                    f"{folder}: preprocessor_config.json gives {self.manifest[name]['width']} {name} features, the model takes "
+                    f"{shape[f'{name}_width']}; it is another model's"
+                )
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = _load_weights(folder).to(self.device).eval()
         config = self.model.config
         self.classes: list[str] = list(config.classes)
-        manifest = _read(folder / "preprocessor_config.json")
-        tokenizer = load_tokenizer(str(folder / "tokenizer"), None)
-        if len(tokenizer) != config.shape["vocabulary"]:
-            raise DataError(f"{folder}: the tokenizer has {len(tokenizer)} pieces, the model {config.shape['vocabulary']}; this is another model's tokenizer")
-        emotion = manifest.get("visual_emotion")
         template = config.template if config.head.get("name") == "prompt" else ""
         self.encoder = LabelEncoder(
-            TextEncoder(tokenizer, config.max_text), Features.from_manifest(manifest["visual"]), Features.from_manifest(manifest["acoustic"]),
-            len(emotion["classes"]) if emotion else 0, labels={}, template=template, modalities=config.modalities or ["text", "visual", "acoustic"],
+            TextEncoder(tokenizer, config.max_text), Features.from_manifest(self.manifest["visual"]),
+            Features.from_manifest(self.manifest["acoustic"]), labels={}, template=template, modalities=config.modalities or list(MODALITIES),
         )
-        self._manifest, self._folder, self._make = manifest, folder, Extractor.from_manifest
+        self._folder = folder
         self._extractor: Extractor | None = None
 
     def utterances(self, media: str | Path) -> list[Utterance]:
@@ -115,29 +132,38 @@ class EmotionModel:
         Raises:
             DataError: the file does not exist or cannot be read.
         """
+        # Features that are known already can be judged without the libraries that read media.
+        from emoscale.prepare.extract import Extractor
         from emoscale.prepare.sources import find
 
         if not Path(media).is_file():
             raise DataError(f"{media}: no such file")
         if self._extractor is None:
-            self._extractor = self._make(self._manifest, self._folder)
-        found, _ = self._extractor.extract(find(Path(media))[0])
+            self._extractor = Extractor.from_manifest(self.manifest, self._folder)
+        found: list[Utterance] = []
+        for source in find(Path(media), self._extractor.config.subtitles.language):
+            utterances, row = self._extractor.extract(source)
+            if "not_finite" in row["notes"]:
+                log.warning("%s: %d utterances skipped, not finite: %s", media, row["notes"]["not_finite"], ", ".join(row["notes"]["not_finite_ids"]))
+            found += utterances
         return found
 
     def predict(self, media: str | Path) -> list[dict[str, Any]]:
         """Give one row per utterance: `id start_s end_s text emotion p` and the probability of each class.
 
-        An utterance with nothing to judge (no word, face or voice) has `emotion: None`.
+        An utterance with nothing to judge (no word, face or voice that the model looks at) has `emotion: None`.
         """
         return self.classify(self.utterances(media))
 
     @torch.no_grad()
     def classify(self, utterances: list[Utterance]) -> list[dict[str, Any]]:
-        """Judge utterances whose features are known; rows as `predict` gives."""
-        chances: dict[str, np.ndarray] = {}
-        for batch in self._batches(utterances):
-            chances |= dict(zip(batch.ids, self.model.scores(batch).float().softmax(-1).numpy(), strict=True))
-        return [self._row(item, chances.get(item.id)) for item in utterances]
+        """Judge utterances whose features are known; rows as `predict` gives, in the order of the utterances."""
+        encoded = [utterance_or_none(item, self.encoder, 0) for item in utterances]
+        chances: dict[int, np.ndarray] = {}
+        for group in split([item for item in encoded if item is not None], MAX_TOKENS):
+            found = self.model.scores(pack(group).to(self.device)).float().softmax(-1).cpu().numpy()
+            chances |= dict(zip(map(id, group), found, strict=True))  # two films may name their utterances alike
+        return [self._row(item, chances.get(id(code))) for item, code in zip(utterances, encoded, strict=True)]
 
     @torch.no_grad()
     def embed(self, media: list[str | Path]) -> np.ndarray:
@@ -145,19 +171,17 @@ class EmotionModel:
         vectors = []
         for path in media:
             parts = []
-            for batch in self._batches(self.utterances(path)):
+            items = [utterance_or_none(item, self.encoder, 0) for item in self.utterances(path)]
+            for group in split([item for item in items if item is not None], MAX_TOKENS):
+                batch = pack(group).to(self.device)
                 lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).to(torch.int64)
                 hidden = encode(self.model.backbone, batch).float()
                 parts.append(torch.segment_reduce(hidden, "mean", lengths=lengths, axis=0))
             if not parts:
                 raise DataError(f"{path}: holds no utterance to embed")
             mean = torch.cat(parts).mean(0)
-            vectors.append((mean / mean.norm()).numpy())
+            vectors.append((mean / mean.norm()).cpu().numpy())
         return np.stack(vectors)
-
-    def _batches(self, utterances: list[Utterance]) -> list[Batch]:
-        items: list[Encoded] = [item for item in (utterance_or_none(u, self.encoder, 0) for u in utterances) if item is not None]
-        return [pack(group) for group in split(items, MAX_TOKENS)]
 
     def _row(self, item: Utterance, chances: np.ndarray | None) -> dict[str, Any]:
         row: dict[str, Any] = {"id": item.id, "start_s": round(item.start, 3), "end_s": round(item.end, 3), "text": item.text}
@@ -168,11 +192,16 @@ class EmotionModel:
         return row | {"emotion": self.classes[best], "p": round(float(chances[best]), 4)} | each
 
 
-def load(path_or_id: str | Path) -> EmotionModel:
+def load(path_or_id: str | Path, *, device: str = "") -> EmotionModel:
     """Load a model folder, or one from the Hugging Face hub by its id.
 
+    Args:
+        path_or_id: folder or id.
+        device: where it computes; empty = a GPU where there is one.
+
     Raises:
-        ConfigError: it is no emoscale model.
+        ConfigError: it is no emoscale model, or cannot be fetched.
+        DataError: a part of it is damaged, or another model's.
     """
     folder = Path(path_or_id)
     if not folder.is_dir():
@@ -182,14 +211,32 @@ def load(path_or_id: str | Path) -> EmotionModel:
         try:
             folder = Path(snapshot_download(str(path_or_id)))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise ConfigError(f"{path_or_id}: neither a folder nor a model that can be fetched ({str(error).splitlines()[0]})") from error
-    kind = _read(folder / "config.json").get("model_type")
+            raise ConfigError(f"{path_or_id}: neither a folder nor a model that can be fetched ({' '.join(str(error).split())})") from error
+    config = _read(folder / "config.json")
+    kind, schema = config.get("model_type"), config.get("schema")
     if kind != MODEL_TYPE:
         raise ConfigError(f"{folder}: holds a model of type {kind!r}, not {MODEL_TYPE!r}; `emoscale export` writes the right kind")
-    return EmotionModel(folder)
+    if schema != SCHEMA:
+        raise DataError(f"{folder}: schema is {schema!r}, this version reads {SCHEMA}; export the model again with this version")
+    return EmotionModel(folder, device)
+
+
+def _load_weights(folder: Path) -> EmoscaleModel:
+    """Load the weights, all of them: transformers itself draws at random what a file lacks."""
+    try:
+        model, report = EmoscaleModel.from_pretrained(folder, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise DataError(f"{folder}: its weights cannot be loaded ({' '.join(str(error).split())}); export the model again") from error
+    wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+    if wrong:
+        raise DataError(f"{folder}: config.json and model.safetensors are of different models; {len(wrong)} weights have no counterpart: {', '.join(wrong[:5])}")
+    return model
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: not found; a model folder that `emoscale finetune` or `emoscale export` wrote has it")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); export the model again") from error

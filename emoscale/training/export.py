@@ -16,6 +16,8 @@ from emoscale.config import ConfigError
 from emoscale.training import checkpoint
 
 MODEL_TYPE = "emoscale"
+SCHEMA = 1
+"""Of a model folder."""
 
 
 @dataclass
@@ -48,7 +50,7 @@ def write_model(folder: Path, exported: Exported, state: dict[str, Tensor], *, t
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    config = {"model_type": MODEL_TYPE, "architectures": ["EmoscaleModel"], **asdict(exported)}
+    config = {"model_type": MODEL_TYPE, "schema": SCHEMA, "architectures": ["EmoscaleModel"], **asdict(exported)}
     (aside / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, aside / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(aside / "tokenizer")
@@ -103,7 +105,11 @@ def _card(exported: Exported) -> str:
     if exported.head:
         lines += [
             f"Head: `{exported.head['name']}`, classes {', '.join(exported.classes)}.",
-            f"Chosen on validation: UAR {score['validation_uar']:.3f} (fold {score['fold']}, seed {score['seed']}, step {score['step']}); test UAR {score['test_uar']:.3f}.", "",
+            f"Fold {score['fold']}, seed {score['seed']}, step {score['step']}: validation UAR {score['validation_uar']:.3f}, test UAR {score['test_uar']:.3f}.",
+            {"validation": "The step was chosen on the validation split.", "paper": "The step was chosen on the TEST split, as published: an upper bound."}[
+                score["selection"]
+            ],
+            "",
         ]
     lines += [
         "```python", "import emoscale", 'rows = emoscale.load("this/folder").predict("film.mp4")', "```", "",

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from omegaconf import MISSING
 
 from emoscale import distributed
-from emoscale.config import ConfigError, from_mapping, to_dict, to_yaml
+from emoscale.config import ConfigError, DataError, EmoscaleError, from_mapping, to_dict, to_yaml
 from emoscale.data.labelled import LabelledSet, check_modalities, labelled_set, read_labels
 from emoscale.data.streams import Corpus
 from emoscale.data.tokens import load_tokenizer
@@ -24,7 +25,7 @@ from emoscale.models.config import ModelConfig
 from emoscale.training.engine import OptimConfig
 from emoscale.training.environment import environment, open_log
 from emoscale.training.finetune_report import Outcome, summarise
-from emoscale.training.finetune_run import Arm, Recipe, run_arm
+from emoscale.training.finetune_run import Arm, Recipe, first_loss_is_finite, folder_name, run_arm, start_of
 
 log = logging.getLogger("emoscale")
 
@@ -119,11 +120,17 @@ class FinetuneConfig(ArmConfig):
         super().validate()
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction: {self.fraction} is not in (0, 1]")
-        for name in ("folds", "batch", "steps", "eval_every", "patience", "lora_rank"):
+        for name in ("batch", "max_text", "steps", "eval_every", "patience", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not ≥ 1")
-        if "[MASK]" not in self.template:
-            raise ValueError(f"template: {self.template!r} holds no [MASK]")
+        if self.protocol == "speaker_folds" and self.folds < 3:
+            raise ValueError(f"folds: {self.folds} is not ≥ 3; training, validation and test need a part each")
+        if self.template.count("[MASK]") != 1:
+            raise ValueError(f"template: {self.template!r} holds [MASK] {self.template.count('[MASK]')} times, once is needed")
+        for name in ("seeds", "classes"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values) or (name == "seeds" and not values):
+                raise ValueError(f"{name}: {values} is empty or names one twice")
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -131,7 +138,7 @@ def finetune(config: FinetuneConfig) -> Path:
 
     Raises:
         ConfigError: an arm, checkpoint or class word cannot be used.
-        DataError: labels are missing or unknown, or a fold's speakers overlap.
+        DataError: labels are missing or unknown, a fold's speakers overlap, or a checkpoint does not fit.
     """
     world = distributed.init()
     folder = Path(config.output)
@@ -146,16 +153,14 @@ def finetune(config: FinetuneConfig) -> Path:
     distributed.barrier()
     if config.threads:
         torch.set_num_threads(config.threads)
-    recipe = Recipe(
-        optim=config.optim, batch=config.batch, max_tokens=config.max_tokens, steps=config.steps, eval_every=config.eval_every,
-        patience=config.patience, selection=config.selection, corpus=Path(config.corpus), max_text=config.max_text,
-        models=None if config.save_models == "none" else folder / "models", keep_all=config.save_models == "all",
-    )
+    recipe = _recipe(config)
+    if config.selection == "paper":
+        log.warning("selection=paper: steps are chosen on the test split, as published; every figure is an upper bound")
     outcomes: list[Outcome] = []
-    for (name, arm), seed, (number, fold) in itertools.product(arms.items(), config.seeds, folds):
+    for (name, arm), seed, fold in itertools.product(arms.items(), config.seeds, folds):
         train = label_fraction(fold.train, data.labels, config.fraction, seed)
         outcome = run_arm(name, arm, recipe, data, fold, train, seed, world)
-        log.info("%s seed %d fold %d: validation UAR %.3f, test UAR %.3f at step %d", name, seed, number, outcome.validation, outcome.test, outcome.step)
+        log.info("%s seed %d fold %s: validation UAR %.3f, test UAR %.3f at step %d", name, seed, fold.name, outcome.validation, outcome.test, outcome.step)
         outcomes.append(outcome)
     if world.is_main:
         summarise(folder, outcomes, data, config)
@@ -164,47 +169,83 @@ def finetune(config: FinetuneConfig) -> Path:
 
 
 def check(config: FinetuneConfig) -> None:
-    """Validate everything that can be without training: corpus, labels, folds, checkpoints, class words."""
-    _prepare(config)
+    """Validate corpus, labels, folds, checkpoints and class words, and run one step of every arm without a GPU."""
+    arms, data, folds = _prepare(config)
+    for name, arm in arms.items():
+        rows = label_fraction(folds[0].train, data.labels, config.fraction, config.seeds[0])
+        if not first_loss_is_finite(arm, _recipe(config), data, rows, config.seeds[0]):
+            raise EmoscaleError(f"arms.{name}: loss or gradient of one step is not finite; look at its checkpoint")
 
 
-def _prepare(config: FinetuneConfig) -> tuple[dict[str, Arm], LabelledSet, list[tuple[int, Fold]]]:
+def _recipe(config: FinetuneConfig) -> Recipe:
+    return Recipe(
+        optim=config.optim, batch=config.batch, max_tokens=config.max_tokens, steps=config.steps, eval_every=config.eval_every,
+        patience=config.patience, selection=config.selection, corpus=Path(config.corpus), max_text=config.max_text,
+        models=None if config.save_models == "none" else Path(config.output) / "models", keep_all=config.save_models == "all",
+    )
+
+
+def _prepare(config: FinetuneConfig) -> tuple[dict[str, Arm], LabelledSet, list[Fold]]:
     if not Path(config.corpus).is_dir():
         raise ConfigError(f"corpus: {config.corpus} does not exist; `emoscale prepare` makes one")
+    # The report reads these when everything is trained; that would be late to miss them.
+    for key, path in {"oracle": config.oracle, **{f"curves.{name}": f"{run}/metrics.jsonl" for name, run in config.curves.items()}}.items():
+        if path and not Path(path).is_file():
+            raise ConfigError(f"{key}: {path} does not exist; name another, or leave it out")
     corpus = Corpus(config.corpus)
     data = labelled_set(corpus, read_labels(config.labels, corpus, config.label_key), key=config.label_key, classes=config.classes, only=config.only)
-    folds = list(enumerate(_folds(config, data)))
-    if config.run_folds:
-        folds = [pair for pair in folds if pair[0] in config.run_folds]
-    if not folds:
-        raise ConfigError(f"run_folds: {config.run_folds} names none of the {config.folds} folds")
+    folds = _folds(config, data)
+    unknown = [number for number in config.run_folds if not 0 <= number < len(folds)]
+    if unknown:
+        raise ConfigError(f"run_folds: {unknown} are none of the {len(folds)} folds, which count from 0")
+    folds = [folds[number] for number in config.run_folds or range(len(folds))]
+    for fold in folds:
+        if len(np.unique(data.labels[fold.train])) < 2:
+            alike = data.classes[data.labels[fold.train[0]]]
+            raise DataError(f"fold {fold.name}: all {len(fold.train)} training rows are {alike!r} ({data.ids[fold.train[0]]}, …); take other folds")
     base = {name: getattr(config, name) for name in ("init", "head", "mode", "modalities")}
     sections = config.arms or {"finetune": {}}
     read = {name: from_mapping(ArmConfig, base | (section or {}), f"arms.{name}") for name, section in sections.items()}
     for pair in config.compare:
         if len(pair) != 2 or not set(pair) <= set(read):
             raise ConfigError(f"compare: {pair} is not a pair of arms; there are {', '.join(read)}")
+    if len({folder_name(name) for name in read}) < len(read):
+        raise ConfigError(f"arms: two of {', '.join(read)} would write the same folder of models; rename one")
     arms = {name: _arm(config, arm, data) for name, arm in read.items()}
+    for arm, seed in itertools.product(arms.values(), config.seeds):
+        start_of(arm, _recipe(config), data, seed)
     return arms, data, folds
 
 
 def _arm(config: FinetuneConfig, arm: ArmConfig, data: LabelledSet) -> Arm:
-    inits = {seed: find_checkpoint(arm.init.format(seed=seed)) if arm.init else None for seed in config.seeds}
+    inits = {seed: find_checkpoint(arm.init.replace("{seed}", str(seed))) if arm.init else None for seed in config.seeds}
     first = next(iter(inits.values()))
     tokenizer = load_tokenizer(config.tokenizer or (str(first / "assets" / "tokenizer") if first else ""), Path(config.corpus))
-    words = []
-    for name in data.classes:
-        word = config.verbalisers.get(name, name)
-        piece = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))
-        if arm.head["name"] == "prompt" and (len(piece) != 1 or piece[0] == tokenizer.unk_token_id):
-            raise ConfigError(f"verbalisers.{name}: {word!r} is {len(piece)} word pieces in this tokenizer, one known piece is needed; name another word")
-        words.append(piece[0] if len(piece) == 1 else -1)
     options = {key: value for key, value in arm.head.items() if key != "name"}
     head = HEADS[arm.head["name"]]
+    prompted = head.target == "prompt"
     return Arm(
-        inits, head, from_mapping(head.Config, options, "head"), arm.mode, config.lora_rank, list(arm.modalities), words,
-        config.template if head.target == "prompt" else "", config.model, tokenizer,
+        inits, head, from_mapping(head.Config, options, "head"), arm.mode, config.lora_rank, list(arm.modalities),
+        _class_words(config, data.classes, tokenizer) if prompted else [-1] * len(data.classes), config.template if prompted else "",
+        config.model, tokenizer,
     )
+
+
+def _class_words(config: FinetuneConfig, classes: list[str], tokenizer: Any) -> list[int]:
+    """Give the word piece that stands for each class."""
+    strange = sorted(config.verbalisers.keys() - set(classes))
+    if strange:
+        raise ConfigError(f"verbalisers: {', '.join(strange)} is no class; there are {', '.join(classes)}")
+    words: dict[int, str] = {}
+    for name in classes:
+        word = config.verbalisers.get(name, name)
+        piece = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))
+        if len(piece) != 1 or piece[0] == tokenizer.unk_token_id:
+            raise ConfigError(f"verbalisers.{name}: {word!r} is {len(piece)} word pieces in this tokenizer, one known piece is needed; name another word")
+        if piece[0] in words:
+            raise ConfigError(f"verbalisers.{name}: {word!r} stands for {words[piece[0]]} already; name another word")
+        words[piece[0]] = name
+    return list(words)
 
 
 def _folds(config: FinetuneConfig, data: LabelledSet) -> list[Fold]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +14,17 @@ import torch
 from torch import Tensor
 
 from emoscale import distributed
-from emoscale.config import DataError, differences
-from emoscale.data.collate import pack, split, utterance_or_none
-from emoscale.data.labelled import LabelEncoder, LabelledSet, Part
+from emoscale.config import ConfigError, DataError
+from emoscale.data.collate import pack, split
+from emoscale.data.labelled import LabelEncoder, LabelledSet, Part, check_encoders
 from emoscale.data.loader import Steps
 from emoscale.data.streams import Order
-from emoscale.data.tokens import Features, TextEncoder
+from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
 from emoscale.evaluation.predictions import Predictions
 from emoscale.evaluation.protocols import Fold
 from emoscale.heads import Head
+from emoscale.heads.prompt import Prompt
+from emoscale.models.bert import MLM_HEAD, load_bert, read_bert
 from emoscale.models.config import ModelConfig
 from emoscale.models.task import Sizes, TaskModel, encode
 from emoscale.models.unified import UnifiedTransformer
@@ -35,6 +38,8 @@ from emoscale.training.lora import add_lora, merged_state
 from emoscale.training.schedule import learning_rate
 
 log = logging.getLogger("emoscale")
+WORDS = "masked_text"
+"""Objective whose word head a prompt goes on with."""
 
 
 @dataclass
@@ -84,27 +89,8 @@ class _Best:
 
 def run_arm(name: str, arm: Arm, recipe: Recipe, data: LabelledSet, fold: Fold, train_rows: np.ndarray, seed: int, world: distributed.World) -> Outcome:
     """Train and test one arm on one fold with one seed."""
-    torch.manual_seed(seed)
-    source = arm.inits[seed]
-    saved = checkpoint.load(source) if source is not None else None
-    encoder = _encoder(arm, recipe, data, source)
-    shape = backbone_shape(arm.model, encoder)
-    if source is not None:
-        shape = _saved_shape(source, shape)
-    backbone = UnifiedTransformer(**shape)
-    sizes = Sizes(shape["width"], shape["vocabulary"], shape["visual_width"], shape["acoustic_width"])
-    head = arm.head(arm.options, sizes, torch.tensor(arm.words))
-    if arm.options.class_weights:
-        counts = np.bincount(data.labels[train_rows], minlength=len(data.classes))
-        head.class_weights.copy_(torch.from_numpy(counts.sum() / np.maximum(counts, 1) / len(counts)))
-    model = TaskModel(backbone, {arm.head.target: head}, {arm.head.target: 1.0})
-    if saved is not None:
-        _load(model, saved.weights, arm)
-    if arm.mode != "full":
-        backbone.requires_grad_(False)
-    if arm.mode == "lora":
-        add_lora(backbone, arm.rank)
-    model.to(distributed.device())
+    encoder, shape = start_of(arm, recipe, data, seed)
+    model = _build(arm, shape, data, train_rows, seed).to(distributed.device())
     engine = Engine(model, recipe.optim, ZeroConfig(0), "fp32")
     best = _train(engine, model, arm, recipe, data, fold, train_rows, encoder, seed, world)
     assert best.state is not None
@@ -116,20 +102,80 @@ def run_arm(name: str, arm: Arm, recipe: Recipe, data: LabelledSet, fold: Fold, 
     )
     outcome = Outcome(name, seed, fold.name, best.step, validation, _uar(predictions.predicted, predictions.truth, len(data.classes)), predictions, answers, len(train_rows))
     if recipe.models is not None and world.is_main:
-        _save(recipe, outcome, arm, model, shape, encoder, data, source)
+        _save(recipe, outcome, arm, model, shape, data, arm.inits[seed])
     engine.close()
     return outcome
 
 
+def start_of(arm: Arm, recipe: Recipe, data: LabelledSet, seed: int) -> tuple[LabelEncoder, dict[str, Any]]:
+    """Give what an arm starts from: its encoder, and the keyword arguments of its backbone.
+
+    Raises:
+        ConfigError: the prompt head finds no pre-trained words, or texts and frames may be longer than the model has positions.
+        DataError: the checkpoint's tokenizer, encoders or widths are others; nothing is loaded.
+    """
+    source = arm.inits[seed]
+    encoder = _encoder(arm, recipe, data, source)
+    shape = backbone_shape(arm.model, encoder)
+    if source is not None:
+        shape = _saved_shape(source, shape, arm)
+    taken = max(encoder.text.max_tokens + 2, encoder.visual.max_frames, encoder.acoustic.max_frames)
+    if taken > shape["positions"]:
+        raise ConfigError(f"max_text: texts and frames may take {taken} positions, the model has {shape['positions']}; lower max_text")
+    if len(encoder.text("", arm.template).ids) > encoder.text.max_tokens + 1:
+        raise ConfigError(f"max_text: {encoder.text.max_tokens} leaves no room for a text before the template {arm.template!r}; raise it")
+    return encoder, shape
+
+
+def first_loss_is_finite(arm: Arm, recipe: Recipe, data: LabelledSet, rows: np.ndarray, seed: int, count: int = 8) -> bool:
+    """Run one step of an arm on its first rows, without a GPU; say whether loss and gradients are finite."""
+    encoder, shape = start_of(arm, recipe, data, seed)
+    model = _build(arm, shape, data, rows, seed)
+    items = [item for item in (encoder(data[int(row)]) for row in rows[:count]) if item is not None]
+    loss, _ = model(pack(items), {arm.head.target: 1.0})
+    loss.backward()
+    return all(bool(value.isfinite().all()) for value in [loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+
+
+def folder_name(arm: str) -> str:
+    """Give the folder that an arm's models lie in."""
+    return re.sub(r"[^\w.-]+", "_", arm).lstrip(".") or "_"
+
+
+def _build(arm: Arm, shape: dict[str, Any], data: LabelledSet, rows: np.ndarray, seed: int) -> TaskModel:
+    """Build backbone and head, load what they start from, and freeze what is not trained."""
+    torch.manual_seed(seed)
+    backbone = UnifiedTransformer(**shape)
+    sizes = Sizes(shape["width"], shape["vocabulary"], shape["visual_width"], shape["acoustic_width"])
+    head = arm.head(arm.options, sizes, torch.tensor(arm.words))
+    if arm.options.class_weights:
+        counts = np.bincount(data.labels[rows], minlength=len(data.classes))
+        head.class_weights.copy_(torch.from_numpy(counts.sum() / np.maximum(counts, 1) / len(counts)))
+    model = TaskModel(backbone, {arm.head.target: head}, {arm.head.target: 1.0})
+    source = arm.inits[seed]
+    if source is not None:
+        _load(model, checkpoint.load(source).weights)
+    elif arm.model.init:
+        _load_bert(model, arm.model.init)
+    if arm.mode != "full":
+        backbone.requires_grad_(False)
+    if arm.mode == "lora":
+        add_lora(backbone, arm.rank)
+    return model
+
+
 @torch.no_grad()
 def answer(model: TaskModel, target: str, part: Part, encoder: LabelEncoder, max_tokens: int) -> np.ndarray:
-    """Give float32 [n, c], the probability of every class for every utterance of a part, in its order."""
+    """Give float32 [n, c], the probability of every class for every utterance of a part, in its order.
+
+    Every arm answers the same rows: an utterance without the modalities that an arm sees is answered from its empty text.
+    """
     was_training = model.training
     model.eval()
-    items = [utterance_or_none(part[i], encoder, 0) for i in range(len(part))]
+    items = [encoder(part[i]) for i in range(len(part))]
     unusable = [part[i].id for i, item in enumerate(items) if item is None]
     if unusable:
-        raise DataError(f"{len(unusable)} utterances have features that are not finite or nothing at all, and cannot be scored: {', '.join(unusable[:5])}")
+        raise DataError(f"{len(unusable)} utterances have features that are not finite, and cannot be scored: {', '.join(unusable[:5])}")
     found: dict[str, np.ndarray] = {}
     device = next(model.parameters()).device
     for group in split([item for item in items if item is not None], max_tokens):
@@ -150,6 +196,8 @@ def _train(
     target, optim = arm.head.target, recipe.optim
 
     def look(step: int) -> None:
+        if step % recipe.eval_every and step != recipe.steps:
+            return  # the loop saves once more where it stops early
         score = _uar(answer(model, target, Part(data, chosen_on), encoder, recipe.max_tokens).argmax(-1), data.labels[chosen_on], len(data.classes))
         best.stale += 1
         if score > best.score:
@@ -176,33 +224,45 @@ def _encoder(arm: Arm, recipe: Recipe, data: LabelledSet, source: Path | None) -
     manifest = data.manifest
     if source is not None:
         theirs = json.loads((source / "assets" / "corpus.json").read_text())
-        for key in ("visual", "acoustic"):
-            odd = differences(theirs[key]["encoder"], manifest[key]["encoder"])
-            if odd or theirs[key]["width"] != manifest[key]["width"]:
-                raise DataError(f"{recipe.corpus}: its {key} features come from another encoder than the checkpoint's ({'; '.join(odd) or 'width'}); prepare it alike")
+        check_encoders(theirs, manifest, str(recipe.corpus))
         manifest = theirs
-    emotion = manifest.get("visual_emotion")
     labels = dict(zip(data.ids, data.labels.tolist(), strict=True))
     return LabelEncoder(
         TextEncoder(arm.tokenizer, recipe.max_text), Features.from_manifest(manifest["visual"]), Features.from_manifest(manifest["acoustic"]),
-        len(emotion["classes"]) if emotion else 0, labels=labels, template=arm.template, modalities=arm.modalities,
+        labels=labels, template=arm.template, modalities=arm.modalities, remember=True,
     )
 
 
-def _saved_shape(source: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    shape = json.loads((source / "assets" / "model.json").read_text())["shape"]
+def _saved_shape(source: Path, wanted: dict[str, Any], arm: Arm) -> dict[str, Any]:
+    described = json.loads((source / "assets" / "model.json").read_text())
+    shape = described["shape"]
     for key in ("vocabulary", "visual_width", "acoustic_width"):
         if shape[key] != wanted[key]:
             raise DataError(f"{source}: {key} is {shape[key]} in the checkpoint, {wanted[key]} here; nothing was loaded")
-    return shape | {"dropout": wanted["dropout"]}
+    if load_tokenizer(str(source / "assets" / "tokenizer"), None).get_vocab() != arm.tokenizer.get_vocab():
+        raise DataError(f"{source}: its tokenizer numbers other words than the one given here; nothing was loaded; leave tokenizer empty")
+    if arm.head.target == "prompt" and WORDS not in described["objectives"]:
+        raise ConfigError(f"head.name: prompt needs the words that {WORDS} learned, {source} has {', '.join(described['objectives'])}; take classify")
+    return shape | {"dropout": wanted["dropout"], "activation_checkpointing": wanted["activation_checkpointing"]}
 
 
-def _load(model: TaskModel, weights: dict[str, Tensor], arm: Arm) -> None:
-    model.backbone.load_state_dict({name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")})
-    words = {name.removeprefix("tasks.masked_text.head."): value for name, value in weights.items() if name.startswith("tasks.masked_text.head.")}
-    head: Any = model.tasks[arm.head.target]
-    if hasattr(head, "head") and words:
-        head.head.load_state_dict(words)
+def _load(model: TaskModel, weights: dict[str, Tensor]) -> None:
+    model.backbone.load_state_dict(_below("backbone.", weights))
+    for head in model.tasks.values():
+        if isinstance(head, Prompt):
+            head.head.load_state_dict(_below(f"tasks.{WORDS}.head.", weights))
+
+
+def _load_bert(model: TaskModel, name: str) -> None:
+    weights = read_bert(name, model.backbone.heads)
+    load_bert(model.backbone, weights)
+    for head in model.tasks.values():
+        if isinstance(head, Prompt) and all(theirs in weights for theirs in MLM_HEAD):
+            head.head.load_state_dict({ours: weights[theirs] for theirs, ours in MLM_HEAD.items()})
+
+
+def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def _uar(predicted: Any, truth: Any, classes: int) -> float:
@@ -212,11 +272,11 @@ def _uar(predicted: Any, truth: Any, classes: int) -> float:
 
 
 def _save(
-    recipe: Recipe, outcome: Outcome, arm: Arm, model: TaskModel, shape: dict[str, Any], encoder: LabelEncoder, data: LabelledSet, source: Path | None
+    recipe: Recipe, outcome: Outcome, arm: Arm, model: TaskModel, shape: dict[str, Any], data: LabelledSet, source: Path | None
 ) -> None:
     assert recipe.models is not None
     name = f"{outcome.arm}-seed{outcome.seed}-{outcome.fold}" if recipe.keep_all else outcome.arm
-    folder = recipe.models / name.replace(" ", "_")
+    folder = recipe.models / folder_name(name)
     if not recipe.keep_all and (folder / "score.json").is_file() and json.loads((folder / "score.json").read_text())["validation_uar"] >= outcome.validation:
         return
     exported = Exported(
@@ -227,7 +287,10 @@ def _save(
         template=arm.template,
         modalities=arm.modalities,
         max_text=recipe.max_text,
-        score={"validation_uar": outcome.validation, "test_uar": outcome.test, "fold": outcome.fold, "seed": outcome.seed, "step": outcome.step},
+        score={
+            "validation_uar": outcome.validation, "test_uar": outcome.test, "fold": outcome.fold, "seed": outcome.seed, "step": outcome.step,
+            "selection": recipe.selection,
+        },
     )
     state = merged_state(model) if arm.mode == "lora" else model.state_dict()
     write_model(folder, exported, state, tokenizer=arm.tokenizer, corpus=recipe.corpus, assets=source / "assets" if source else None)
