@@ -1,0 +1,92 @@
+"""Whole runs through the command line, in processes that tests kill and signal, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.training.forks import Forks, Ranks
+
+TIMINGS = ("step_time_s", "data_wait_s", "utterances_per_s")
+STEPS = 10
+SMALL_MODEL = ["model.size=tiny", "model.width=64", "objectives.masked_text.ratio=0.3"]
+RECIPE = [
+    *SMALL_MODEL, f"run.steps={STEPS}", "run.save_every=5", "run.log_every=1", "run.precision=fp32", "run.threads=1", "data.global_batch=64",
+    "data.max_tokens=2048", "data.workers=0", "optim.lr=1e-3", "optim.warmup=4",
+]
+"""Ten steps of some tenths of a second with dropout, so that a test can step in between."""
+
+
+def command(*words: str) -> None:
+    """Run the command line in this process, as the `emoscale` script does."""
+    from emoscale.cli import main
+
+    sys.argv = ["emoscale", *words]
+    main()
+
+
+class Runs:
+    """Runs on one corpus; unbroken ones are kept for the tests that compare with them."""
+
+    def __init__(self, forks: Forks, corpus: Path, folder: Path) -> None:
+        self.forks, self.corpus, self.folder = forks, corpus, folder
+        self._unbroken: dict[tuple[Any, ...], Path] = {}
+
+    def start(self, folder: Path, *words: str, world: int = 1, corpus: Path | None = None) -> Ranks:
+        """Start `emoscale pretrain`."""
+        given = [f"data.corpora=[{corpus or self.corpus}]", f"run.output={folder}", *RECIPE, *words]
+        return self.forks.start("tests.training.runs:command", "pretrain", *given, world=world)
+
+    def unbroken(self, *words: str, world: int = 1) -> Path:
+        """Give the folder of a run that nobody stopped."""
+        key = (*words, world)
+        if key not in self._unbroken:
+            self._unbroken[key] = self.folder / f"unbroken-{len(self._unbroken)}"
+            self.start(self._unbroken[key], *words, world=world).succeed()
+        return self._unbroken[key]
+
+    def copy(self, *words: str) -> Path:
+        """Give a copy of an unbroken run, to be damaged."""
+        target = Path(tempfile.mkdtemp(dir=self.folder)) / "copy"
+        return Path(shutil.copytree(self.unbroken(*words), target))
+
+
+def wait_for_step(folder: Path, step: int, ranks: Ranks, timeout: float = 120.0) -> None:
+    """Wait until a step is in the metrics."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if any(row["step"] >= step for row in rows(folder)):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached within {timeout} s:\n{ranks.output()}")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Read the metrics without what is never the same twice."""
+    from emoscale.training.track import read_rows
+
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Demand the same metrics, weights and moments to the last bit."""
+    assert [row["step"] for row in rows(one)] == list(range(1, STEPS + 1))
+    assert rows(one) == rows(other)
+    for name in ("weights", "moments"):
+        mine, theirs = (load_file(folder / "checkpoints" / f"step_{STEPS:08d}" / f"{name}.safetensors") for folder in (one, other))
+        assert mine.keys() == theirs.keys()
+        assert mine
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
+
+
+def ended(folder: Path) -> dict[str, Any]:
+    """Read how the run ended."""
+    return json.loads((folder / "done.json").read_text())

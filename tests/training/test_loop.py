@@ -1,0 +1,60 @@
+"""Twenty steps whose losses are known, half precision, and recomputed activations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.forks import Forks
+
+GOLDEN = [
+    6.833473, 5.830876, 6.136994, 6.180491, 6.413295, 6.148239, 6.180666, 6.495499, 5.698310, 3.812394,
+    6.214851, 5.905391, 6.430567, 6.274773, 6.102503, 4.841327, 6.130463, 6.014125, 6.129398, 5.551098,
+]  # fmt: skip
+"""fp32, one thread, ZeRO-0, AdamW at 1e-3; a change here is a change of what is trained, and belongs in the changelog."""
+PASS = 3
+"""Steps in which the corpus is read once."""
+
+
+@pytest.fixture(scope="module")
+def alone(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Train on one rank, in one launch."""
+    path = tmp_path_factory.mktemp("alone") / "seen.json"
+    forks.start("tests.training.faults:alone", str(path)).succeed()
+    return json.loads(path.read_text())
+
+
+def test_twenty_steps_give_the_known_losses(alone: dict[str, Any]):
+    assert alone["golden"] == pytest.approx(GOLDEN, abs=1e-4)
+
+
+def test_bf16_learns(alone: dict[str, Any]):
+    losses = alone["bf16"]
+    assert losses[0] == pytest.approx(GOLDEN[0], rel=2e-3)
+    assert sum(losses[-PASS:]) < 0.95 * sum(losses[:PASS])
+
+
+def test_recomputed_activations_change_nothing(alone: dict[str, Any]):
+    """With dropout: the same units are dropped again."""
+    assert alone["recomputed"]["losses"] == pytest.approx(alone["kept"]["losses"], rel=1e-6)
+    assert alone["recomputed"]["weights"] == pytest.approx(alone["kept"]["weights"], rel=1e-6)
+
+
+def test_nan_features_are_named_and_counted(runs: Any, tmp_path: Path):
+    from emoscale.data.synthetic import Synthetic
+    from tests.corpora import write_corpus
+
+    source = Synthetic(40, visual_width=6, acoustic_width=5, expressions=3)
+    source.manifest["visual_emotion"]["teacher_sha256"] = "0" * 64
+    items = [source[i] for i in range(len(source))]
+    broken = next(item for item in items if len(item.visual))
+    broken.visual = broken.visual.copy()
+    broken.visual[0, 0] = float("nan")
+    corpus = write_corpus(tmp_path / "corpus", items, source.manifest)
+    runs.start(tmp_path / "run", "data.global_batch=40", corpus=corpus).succeed()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["skipped"] == 1 and row["utterances"] == 39 for row in rows)
+    assert f"1 utterances skipped, not finite or empty: {broken.id}" in (tmp_path / "run" / "train.log").read_text()

@@ -1,0 +1,171 @@
+"""Runs that are killed, signalled, moved and changed, through the command line in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from emoscale.data.synthetic import Synthetic
+from tests.corpora import write_corpus
+from tests.training.runs import RECIPE, STEPS, Runs, assert_same_run, ended, rows, wait_for_step
+
+LAST = f"step_{STEPS:08d}"
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize(("words", "workers", "world"), [
+    (["zero.stage=1"], 0, 1),
+    (["zero.stage=1"], 2, 1),
+    (["zero.stage=0"], 0, 1),
+    (["zero.stage=2"], 0, 1),
+    (["zero.stage=3"], 0, 1),
+    (["zero.stage=1", "run.precision=bf16"], 2, 1),
+    (["zero.stage=1"], 2, 2),
+    (["zero.stage=3"], 0, 2),
+])  # fmt: skip
+def test_a_killed_run_goes_on_bit_equal(runs: Runs, tmp_path: Path, words: list[str], workers: int, world: int):
+    folder, words_with = tmp_path / "run", [*words, f"data.workers={workers}"]
+    ranks = runs.start(folder, *words_with, world=world)
+    wait_for_step(folder, 7, ranks)
+    ranks.kill(signal.SIGKILL)
+    assert ranks.wait() == [-9] * world
+    assert (folder / "checkpoints" / "latest").read_text() == "step_00000005"
+    assert not (folder / "done.json").exists()
+    runs.start(folder, *words_with, world=world).succeed()
+    assert "goes on from step_00000005" in (folder / "train.log").read_text()
+    assert ended(folder)["finished"]
+    assert_same_run(folder, runs.unbroken(*words, world=world))
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize(("number", "world", "rank", "group"), [
+    (signal.SIGUSR1, 1, None, False),
+    (signal.SIGTERM, 1, None, True),
+    (signal.SIGUSR1, 1, None, True),
+    (signal.SIGUSR1, 2, 1, False),
+    (signal.SIGTERM, 2, 0, False),
+])  # fmt: skip
+def test_a_signal_saves_and_the_run_goes_on_bit_equal(
+    runs: Runs, tmp_path: Path, number: signal.Signals, world: int, rank: int | None, group: bool
+):
+    """To the process, to all processes of the job as SLURM does (the workers that read ahead too), or to one rank of two."""
+    folder, words = tmp_path / "run", ["zero.stage=1", "data.workers=2"]
+    ranks = runs.start(folder, *words, world=world)
+    wait_for_step(folder, 2, ranks)
+    ranks.kill(number, rank=rank, group=group)
+    ranks.succeed()
+    stopped = ended(folder)
+    assert not stopped["finished"]
+    assert stopped["reason"] == (number.name if rank in (None, 0) else "asked by another rank")
+    assert (folder / "checkpoints" / "latest").read_text() == f"step_{stopped['step']:08d}"
+    assert rows(folder)[-1]["step"] == stopped["step"] < STEPS
+    runs.start(folder, *words, world=world).succeed()
+    assert_same_run(folder, runs.unbroken("zero.stage=1", world=world))
+
+
+def test_a_run_folder_tells_all(runs: Runs):
+    folder = runs.unbroken("zero.stage=1")
+    assert {path.name for path in folder.iterdir()} == {
+        "assets", "checkpoints", "config.json", "config.yaml", "deepspeed.json", "done.json", "environment.json", "metrics.jsonl", "report.html",
+        "train.log",
+    }
+    assert json.loads((folder / "deepspeed.json").read_text())["gradient_clipping"] == 5.0
+    row = rows(folder)[-1]
+    assert {"step", "loss", "lr", "grad_norm", "utterances", "tokens", "loss/masked_text", "loss/visual_emotion"} <= set(row)
+    assert row["utterances"] == 64
+    assert row["loss"] == pytest.approx(sum(value for name, value in row.items() if name.startswith("loss/")))
+
+
+def test_the_last_checkpoint_holds_what_a_model_needs(runs: Runs):
+    folder = runs.unbroken("zero.stage=1") / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000005", LAST]
+    assert {path.name for path in (folder / LAST / "assets").iterdir()} == {"corpus.json", "model.json", "tokenizer"}
+
+
+@pytest.mark.faults
+def test_a_damaged_checkpoint_is_passed_over(runs: Runs):
+    folder = runs.copy("zero.stage=1")
+    weights = folder / "checkpoints" / LAST / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (folder / "checkpoints" / ".step_00000007.writing").mkdir()
+    shown = runs.start(folder, "zero.stage=1").succeed()
+    assert "checkpoint passed over" in shown
+    assert f"{LAST}/weights.safetensors: damaged" in shown
+    assert not (folder / "checkpoints" / ".step_00000007.writing").exists()
+    assert_same_run(folder, runs.unbroken("zero.stage=1"))
+
+
+@pytest.mark.faults
+def test_no_whole_checkpoint_is_an_error(runs: Runs):
+    folder = runs.copy("zero.stage=1")
+    for path in (folder / "checkpoints").glob("step_*/state.json"):
+        path.unlink()
+    ranks = runs.start(folder, "zero.stage=1")
+    assert ranks.wait() == [1]
+    assert "none of 2 checkpoints is whole" in ranks.output()
+    assert "Traceback" not in ranks.output()
+
+
+def test_another_configuration_is_refused_with_its_differences(runs: Runs):
+    folder = runs.copy("zero.stage=1")
+    before = (folder / "config.json").read_text()
+    ranks = runs.start(folder, "zero.stage=1", "optim.lr=0.5", "model.dropout=0.3")
+    assert ranks.wait() == [2]
+    assert "model.dropout: 0.1 → 0.3; optim.lr: 0.001 → 0.5" in ranks.output()
+    assert (folder / "config.json").read_text() == before
+
+
+def test_what_does_not_change_the_result_may_change(runs: Runs, tmp_path: Path):
+    """The corpus has moved, the stage and the micro-batches are others: the end is the same up to rounding."""
+    folder = runs.copy("zero.stage=1", "model.dropout=0")
+    shutil.rmtree(folder / "checkpoints" / LAST)
+    moved = shutil.copytree(runs.corpus, tmp_path / "moved")
+    words = ["model.dropout=0", "zero.stage=2", "data.max_tokens=512", "data.workers=1", "run.keep=1", "run.save_every=4"]
+    runs.start(folder, *words, corpus=moved).succeed()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", LAST]
+    mine, wanted = (
+        load_file(run / "checkpoints" / LAST / "weights.safetensors") for run in (folder, runs.unbroken("zero.stage=1", "model.dropout=0"))
+    )
+    for name, value in wanted.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5)
+    assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
+
+
+def test_another_corpus_is_refused(runs: Runs, tmp_path: Path):
+    folder = runs.copy("zero.stage=1")
+    source = Synthetic(8, visual_width=7, acoustic_width=5, expressions=0)
+    ranks = runs.start(folder, "zero.stage=1", corpus=write_corpus(tmp_path / "other", source))
+    assert ranks.wait() == [1]
+    for difference in ("shape.visual_width: 6 → 7", "utterances: 40 → 8", "tasks:"):
+        assert difference in ranks.output()
+
+
+def test_check_writes_nothing(runs: Runs, tmp_path: Path):
+    words = ["pretrain", "--check", f"data.corpora=[{runs.corpus}]", f"run.output={tmp_path / 'run'}", *RECIPE]
+    assert "# valid" in runs.forks.start("tests.training.runs:command", *words).succeed()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("word", "message"), [
+    ("data.corpora=[/absent]", "data.corpora: /absent does not exist"),
+    ("zero.stage=7", "zero.stage: 7"),
+    ("zero.stage=0 run.precision=bf16", "zero.stage: bf16"),
+    ("objectives.masked_txt={}", "did you mean 'masked_text'"),
+    ("data.only=none/", "no utterance's id begins with 'none/'"),
+    ("run.signal=NOSUCH", "run.signal: 'NOSUCH' is no signal"),
+])  # fmt: skip
+def test_what_cannot_run_says_so_in_one_line(runs: Runs, tmp_path: Path, word: str, message: str):
+    ranks = runs.start(tmp_path / "run", *word.split())
+    assert ranks.wait()[0] in (1, 2)
+    assert message in ranks.output()
+    assert "Traceback" not in ranks.output()
