@@ -40,6 +40,7 @@ def open_log(path: Path) -> None:
     logger = logging.getLogger("emoscale")
     for old in list(logger.handlers):
         logger.removeHandler(old)
+        old.close()
     for handler in (logging.FileHandler(path), logging.StreamHandler()):
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)

@@ -28,7 +28,7 @@ from emoscale.training.environment import environment, open_log
 from emoscale.training.loop import Hooks, Result, train
 from emoscale.training.schedule import learning_rate
 from emoscale.training.signals import Preemption
-from emoscale.training.track import Backend, trackers
+from emoscale.training.track import Backend, require, trackers
 
 log = logging.getLogger("emoscale")
 
@@ -135,6 +135,7 @@ def pretrain(config: RunConfig) -> Path:
         DataError: a corpus cannot be read.
         EmoscaleError: training cannot go on.
     """
+    require(config.run.track)
     preemption = Preemption(config.run.signal)
     world = distributed.init()
     folder = Path(config.run.output)
@@ -160,6 +161,7 @@ def pretrain(config: RunConfig) -> Path:
 
 def check(config: RunConfig) -> None:
     """Validate everything and run one step on synthetic utterances, in fp32 and without a GPU."""
+    require(config.run.track)
     distributed.init()
     corpus = open_corpus(config.data, config.run.seed)
     built = _build(config, corpus, distributed.World())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -44,8 +46,11 @@ class WandB:
     """Weights & Biases."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        wandb = _need("wandb")
-        self._run = wandb.init(project="emoscale", name=folder.name, dir=str(folder), config=config, resume="allow")
+        import wandb
+
+        # Without an id of its own, a resumed run would be a second one.
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        self._run = wandb.init(project="emoscale", id=name, name=folder.name, dir=str(folder), config=config, resume="allow")
 
     def log(self, row: dict[str, Any]) -> None:
         """Write one row."""
@@ -60,7 +65,6 @@ class TensorBoard:
     """TensorBoard event files beside the metrics."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        _need("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"))
@@ -79,6 +83,17 @@ class TensorBoard:
 BACKENDS = {"wandb": WandB, "tensorboard": TensorBoard}
 
 
+def require(backends: list[Backend]) -> None:
+    """Check that every backend is installed, before anything is set up: only rank 0 opens them, and the others would wait for it.
+
+    Raises:
+        ConfigError: one is not; says how to install it.
+    """
+    for name in backends:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"run.track: {name} is not installed; pip install 'emoscale[track]'")
+
+
 def trackers(folder: Path, first_step: int, backends: list[Backend], config: dict[str, Any]) -> list[Tracker]:
     """Open every tracker of a run (rank 0 only)."""
     return [JsonLines(folder / "metrics.jsonl", first_step), *(BACKENDS[name](folder, config) for name in backends)]
@@ -93,12 +108,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def _need(module: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"run.track: {module} is not installed; pip install 'emoscale[track]'") from error
