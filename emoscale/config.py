@@ -48,7 +48,8 @@ def load(schema: type[T], path: str | Path | None = None, overrides: list[str] |
     try:
         config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key}: no value given; add `{error.full_key}=…` ({_doc_of(schema, error.full_key)})") from error
+        key = error.full_key or "?"
+        raise ConfigError(f"{key}: no value given; add `{key}=…` ({_doc_of(schema, key)})") from error
     except OmegaConfBaseException as error:  # a `${…}` that leads nowhere
         raise ConfigError(_explain(schema, error, "the merged configuration")) from error
     validate(config)
@@ -134,7 +135,7 @@ def _files(path: str | Path | None) -> list[tuple[str, str, Any]]:
         if not path.is_file():
             raise ConfigError(f"{path}: no such configuration file; see `configs/` for examples")
         try:
-            layer = OmegaConf.load(path)
+            layer: Any = OmegaConf.load(path)
         except Exception as error:  # PyYAML raises several unrelated classes; all mean "not YAML"
             raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
         if not OmegaConf.is_dict(layer):

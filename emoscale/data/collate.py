@@ -93,6 +93,7 @@ def pack(items: list[Encoded], *, plan: MaskingPlan | None = None, encoder: Text
     masks = {"visual": np.zeros(len(visual_rows), bool), "acoustic": np.zeros(len(acoustic_rows), bool)}
     targets: dict[str, Targets] = {}
     for spec in plan.specs if plan is not None else []:
+        assert plan is not None  # it gave the specs
         members = [i for i, task in enumerate(tasks) if task is spec]
         if spec.modality == "text":
             assert encoder is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def read_bert(source: str, heads: int) -> dict[str, Tensor]:
             unlike["num_attention_heads"] = shape.get("num_attention_heads")
         if unlike:
             raise ConfigError(f"model.init: {source} has {unlike}, this model {LIKE_OURS | {'num_attention_heads': heads}}; give a BERT id or folder")
-        model, report = BertForMaskedLM.from_pretrained(source, output_loading_info=True)
+        model, report = cast(tuple[Any, Any], BertForMaskedLM.from_pretrained(source, output_loading_info=True))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.init: {source} cannot be loaded ({' '.join(str(error).split())}); give a BERT id or folder") from error
     # What the checkpoint lacks is drawn at random by transformers: that is no weight of it.
