@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.services import is_required, missing
+from tests.training.forks import Forks
+from tests.tuned import Tuned, make
 
 NOT_RUN = "NOT RUN: "
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +35,20 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no real media: {folder}/data is absent (name its parent with EMOSCALE_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Start processes without their start-up time."""
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def tuned(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+    """Give a pre-training run and fine-tuning runs that start from it."""
+    return make(tmp_path_factory.mktemp("tuned"), forks)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

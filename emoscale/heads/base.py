@@ -50,5 +50,5 @@ class Head(Task):
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """See `Task.forward`; the values are class numbers."""
         logits = self.logits(hidden, targets, batch, backbone).float()[: targets.count]
-        loss = functional.cross_entropy(logits, targets.values, weight=self.class_weights, reduction="sum")
+        loss = functional.cross_entropy(logits, targets.values, weight=self.class_weights.float(), reduction="sum")
         return loss, {"accuracy": (logits.argmax(-1) == targets.values).sum()}

@@ -51,7 +51,7 @@ class Prompt(Head):
         scores = self._scores(hidden, targets, backbone).float()
         classes = scores.index_select(1, self.words)
         if self.over == "classes":
-            loss = functional.cross_entropy(classes, targets.values, weight=self.class_weights, reduction="sum")
+            loss = functional.cross_entropy(classes, targets.values, weight=self.class_weights.float(), reduction="sum")
         else:
             each = functional.cross_entropy(scores, self.words[targets.values], reduction="none")
             loss = (each * self.class_weights[targets.values]).sum()

@@ -1,20 +1,30 @@
+"""The word head against BERT's own."""
+
 from __future__ import annotations
 
 import torch
 
+from emoscale.models.bert import MLM_HEAD
 from emoscale.models.word_head import WordHead
 
 
-def test_scores_are_those_of_the_formula_and_the_word_embedding_decodes() -> None:
-    head = WordHead(8, 11).double()
-    hidden, words = torch.randn(5, 8).double(), torch.randn(11, 8).double().requires_grad_()
-    torch.nn.init.normal_(head.bias)
-    x = hidden @ head.transform.weight.T + head.transform.bias
-    x = x * 0.5 * (1 + torch.erf(x / 2**0.5))
-    x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-12).sqrt() * head.norm.weight + head.norm.bias
-    found = head(hidden, words)
-    torch.testing.assert_close(found, x @ words.T + head.bias)
-    found.sum().backward()
-    assert words.grad is not None
-    assert words.grad.any()
-    assert head(hidden[:0], words).shape == (0, 11)
+def test_scores_are_those_of_berts_masked_language_model() -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    bert = BertForMaskedLM(BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)).eval()
+    torch.nn.init.normal_(bert.cls.predictions.bias)
+    torch.nn.init.normal_(bert.cls.predictions.transform.LayerNorm.weight)
+    head = WordHead(16, 40)
+    weights = bert.state_dict()
+    head.load_state_dict({ours: weights[theirs] for theirs, ours in MLM_HEAD.items()})
+    hidden = torch.randn(7, 16)
+    words = bert.get_input_embeddings().weight
+    torch.testing.assert_close(head(hidden, words), bert.cls(hidden), rtol=1e-5, atol=1e-6)
+
+
+def test_no_rows_give_no_scores_and_a_gradient_of_zero() -> None:
+    head, words = WordHead(16, 40), torch.randn(40, 16, requires_grad=True)
+    scores = head(torch.zeros(0, 16), words)
+    assert scores.shape == (0, 40)
+    scores.sum().backward()
+    assert all(value.grad is not None and not value.grad.any() for value in [words, *head.parameters()])
