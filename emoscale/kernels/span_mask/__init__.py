@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from emoscale.kernels.dispatch import Op
-from emoscale.kernels.span_mask import reference
+from emoscale.kernels.native import refuse
+from emoscale.kernels.span_mask import native, reference
 
-OP = Op("span_mask", {"reference": reference.span_mask})
+OP = Op("span_mask", {"native": native.span_mask, "reference": reference.span_mask}, {"native": refuse})
 Rule = Literal["nearest", "floor"]
 
 

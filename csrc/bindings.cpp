@@ -1,0 +1,17 @@
+// The schemas of torch.ops.emoscale, and nothing else.
+#include <Python.h>
+#include <torch/library.h>
+
+#include "span_mask/span_mask.h"
+
+TORCH_LIBRARY(emoscale, library) {
+  library.def("span_mask(Tensor lengths, Tensor counts, Tensor spans, Tensor keys, int seed) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(emoscale, CPU, library) { library.impl("span_mask", &emoscale::span_mask_cpu); }
+
+// Importing the module runs the registrations above; it holds no function of its own.
+extern "C" PyObject* PyInit__native() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}
