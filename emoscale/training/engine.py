@@ -147,6 +147,7 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         full = value.detach() if self.plain else safe_get_full_fp32_param(value)
+        assert full is not None
         return full.detach().float().cpu().clone()
 
     def full_moment(self, value: nn.Parameter, key: str) -> Tensor:
@@ -154,6 +155,7 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         full = self._base().state[value][key] if self.plain else safe_get_full_optimizer_state(value, key)
+        assert full is not None
         return full.detach().float().cpu().clone()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
@@ -291,7 +293,7 @@ def _leaves(loss: Tensor) -> set[int]:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
+            leaves.add(id(node.variable))  # type: ignore[attr-defined]  # AccumulateGrad has it
         todo += [before for before, _ in node.next_functions]
     return leaves
 

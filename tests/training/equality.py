@@ -6,6 +6,7 @@ import gc
 import json
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -91,16 +92,21 @@ def corpora() -> dict[str, Any]:
     return {"all": whole, "lack": Lacking(full, order), "empty": Emptied(whole, order)}
 
 
-def built_for(corpus: Any, *, per_step: bool = False, **model: Any) -> Built:
-    """Build the tiny model: the same weights in every process."""
+@cache
+def tokenizer() -> Any:
+    """Give the tokenizer of the synthetic words."""
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
-        tokenizer = load_tokenizer(folder, None)
+        return load_tokenizer(folder, None)
+
+
+def built_for(corpus: Any, *, per_step: bool = False, **model: Any) -> Built:
+    """Build the tiny model: the same weights in every process."""
     shape = {"layers": 2, "width": 32, "heads": 2, "dropout": 0.0} | model
     config = ModelConfig(size="tiny", **shape)
     config.validate()
     torch.manual_seed(SEED)
-    return build(config, OBJECTIVES, make_encoder(DataConfig(corpora=[]), corpus, tokenizer), seed=SEED, per_step=per_step)
+    return build(config, OBJECTIVES, make_encoder(DataConfig(corpora=[]), corpus, tokenizer()), seed=SEED, per_step=per_step)
 
 
 def run(

@@ -6,6 +6,7 @@ launcher variables and log, so it can be killed and signalled like a real one.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -20,7 +21,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-IMPORTS = ("torch", "deepspeed", "transformers", "streaming.base.format.mds.reader", "emoscale.training.run", "emoscale.cli")
+IMPORTS = (
+    "torch", "deepspeed", "transformers", "streaming.base.format.mds.reader", "emoscale.training.run", "emoscale.cli", "emoscale.evaluation.report",
+    "deepspeed.runtime.zero.muon.original_muon",  # ZeRO imports it, and with it torch's compiler, at its first optimizer
+)  # fmt: skip
 PATIENCE = 600.0
 
 
@@ -109,6 +113,8 @@ def serve() -> None:
     os.dup2(2, 1)
     for name in IMPORTS:
         importlib.import_module(name)
+    gc.freeze()  # what was imported is not looked through again in every rank
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
     running: dict[int, Any] = {}
     for line in sys.stdin:
         request = json.loads(line)
