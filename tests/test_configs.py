@@ -15,26 +15,22 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 STAGES = ("prepare", "pretrain", "finetune")
+SCHEMAS = {"zero": "pretrain"}
+"""Folder → stage, where the two differ."""
 
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(CONFIGS))
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in STAGES], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in (*STAGES, *SCHEMAS)], ids=name_of)
 def test_config_loads_and_validates(path: Path) -> None:
     """What a file leaves to the command line, such as whose films, is given here."""
-    required = [key for key, _, default, _ in config.describe(schema(path.parent.name)) if default == "(required)"]
-    told = {key for key, _ in flat(OmegaConf.to_container(OmegaConf.load(path)))}
-    template = "extends:" not in path.read_text(encoding="utf-8")
-    given = [f"{key}=given" for key in required if template and key not in told]
-    loaded = config.load(schema(path.parent.name), path, given)
-    assert type(loaded) is schema(path.parent.name)
-
-
-@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "zero"], ids=name_of)
-def test_part_of_a_pretraining_config_fits_it(path: Path) -> None:
-    OmegaConf.merge(OmegaConf.structured(schema("pretrain")), OmegaConf.load(path))
+    kind = schema(SCHEMAS.get(path.parent.name, path.parent.name))
+    required = [(key, type_) for key, type_, default, _ in config.describe(kind) if default == "(required)"]
+    told = {key for key, _ in flat(whole(path))}
+    given = [f"{key}=[given]" if "list" in type_ else f"{key}=given" for key, type_ in required if key not in told]
+    assert type(config.load(kind, path, given)) is kind
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in STAGES], ids=name_of)
@@ -50,6 +46,14 @@ def test_config_holds_only_what_differs_from_the_defaults(path: Path) -> None:
     assert not same, f"{path.name} repeats defaults: {same}"
 
 
+def whole(path: Path) -> dict:
+    """Give a file's own keys and those of the files it extends."""
+    layer = OmegaConf.load(path)
+    base = layer.pop("extends", None)
+    below = whole(path.parent / base) if base else {}
+    return OmegaConf.to_container(OmegaConf.merge(below, layer))
+
+
 def flat(values: dict, prefix: str = ""):
     for key, value in values.items():
         if isinstance(value, dict):
@@ -60,8 +64,14 @@ def flat(values: dict, prefix: str = ""):
 
 def test_every_file_lies_in_a_known_folder() -> None:
     assert FILES
-    stray = [name_of(path) for path in FILES if path.parent.name not in (*STAGES, "zero")]
+    stray = [name_of(path) for path in FILES if path.parent.name not in (*STAGES, *SCHEMAS, "bench")]
     assert not stray
+
+
+def test_the_benchmark_config_loads() -> None:
+    from emoscale.training.bench import CONFIG, BenchConfig
+
+    assert config.load(BenchConfig, CONFIG).repeats >= 5
 
 
 @pytest.mark.parametrize(
