@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from emoscale.batch import Batch, Utterance
+from emoscale.config import EmoscaleError
 from emoscale.data.collate import Encoder, pack, split, utterance_or_none
 from emoscale.data.masking import MaskingPlan
 from emoscale.data.streams import Order, Utterances
@@ -73,14 +74,40 @@ class Steps(Dataset[StepData]):
         return replace(pack([item], plan=self.plan, encoder=self.encoder.text, step=step).without_targets(), ids=[])
 
     def iterate(self, first: int, last: int, *, workers: int = 0) -> Iterator[StepData]:
-        """Give the steps first … last − 1 in order, read ahead by worker processes."""
+        """Give the steps first … last − 1 in order, read ahead by worker processes.
+
+        Raises:
+            EmoscaleError: as it was raised in the worker.
+        """
         loader = DataLoader(
-            self, batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=torch.cuda.is_available(),
+            _Handed(self), batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=torch.cuda.is_available(),
             prefetch_factor=2 if workers else None, worker_init_fn=_start_worker,
             # A loader draws a seed for its workers; from torch's own stream, a resumed run would draw once more than an unbroken one.
             generator=torch.Generator(),
         )
-        return iter(loader)
+        return _raised(iter(loader))
+
+
+class _Handed(Dataset[StepData | EmoscaleError]):
+    """Hands an error of ours over as an item: a DataLoader would wrap it in the worker's traceback, and its one line be lost."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def __getitem__(self, step: int) -> StepData | EmoscaleError:
+        try:
+            return self.steps[step]
+        except EmoscaleError as error:
+            return error
+
+
+def _raised(items: Iterator[StepData | EmoscaleError]) -> Iterator[StepData]:
+    for item in items:
+        if isinstance(item, EmoscaleError):
+            # Kept alive by the traceback, the loader would wait 5 s for each worker before it kills it.
+            del items
+            raise item
+        yield item
 
 
 def _start_worker(_: int) -> None:

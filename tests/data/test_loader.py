@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from emoscale.batch import Utterance
+from emoscale.config import DataError
 from emoscale.data.collate import Encoder
 from emoscale.data.loader import StepData, Steps
 from emoscale.data.masking import MaskingPlan, MaskSpec
@@ -89,8 +90,10 @@ def test_workers_give_the_same_bytes_in_the_same_order(folder: Path, encoder: En
 def test_a_damaged_shard_stops_the_training_also_out_of_a_worker(copy: Path, encoder: Encoder) -> None:
     (copy / "shard.00002.mds").write_bytes(b"")
     for workers in (0, 1):
-        with pytest.raises(Exception, match=r"shard\.00002\.mds: shard is damaged"):
+        with pytest.raises(DataError) as caught:
             list(steps(Corpus(copy), encoder).iterate(0, 4, workers=workers))
+        assert str(caught.value).startswith(f"{copy}/shard.00002.mds: shard is damaged")
+        assert "\n" not in str(caught.value), "one line, without the worker's traceback"
 
 
 def test_utterances_that_cannot_be_used_are_named_and_the_others_stay(synthetic: Synthetic, encoder: Encoder) -> None:
