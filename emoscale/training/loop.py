@@ -15,6 +15,7 @@ from emoscale import distributed
 from emoscale.config import EmoscaleError
 from emoscale.data.loader import StepData
 from emoscale.training.engine import Engine
+from emoscale.training.flops import model_flops_utilisation
 
 log = logging.getLogger("emoscale")
 MIN_COUNT = 1.0
@@ -29,6 +30,8 @@ class Hooks:
     save: Callable[[int], None]
     stop: Callable[[], str]
     """Why this rank wants to stop after this step (a signal, early stopping), or empty."""
+    flops: Callable[[StepData], float] = lambda data: 0.0
+    """Floating-point operations of this rank's forward passes in a step."""
 
 
 @dataclass
@@ -77,7 +80,7 @@ def train(
         if not outcome.applied:
             _report_nonfinite(data, losses, in_a_row)
         if done % log_every == 0 or done == last or not outcome.applied:
-            row = _row(data, sums, counts, engine, lr, outcome.grad_norm, outcome.applied, ready - asked, time.perf_counter() - asked)
+            row = _row(data, sums, counts, engine, hooks, lr, outcome.grad_norm, outcome.applied, ready - asked, time.perf_counter() - asked)
             hooks.track(row)
         if in_a_row >= max_nonfinite:
             raise EmoscaleError(
@@ -101,8 +104,8 @@ def _global_counts(data: StepData, tasks: list[str]) -> tuple[dict[str, float], 
 
 
 def _row(
-    data: StepData, sums: dict[str, torch.Tensor], counts: dict[str, float], engine: Engine, lr: float, grad_norm: float, applied: bool,
-    waited: float, took: float,
+    data: StepData, sums: dict[str, torch.Tensor], counts: dict[str, float], engine: Engine, hooks: Hooks, lr: float, grad_norm: float,
+    applied: bool, waited: float, took: float,
 ) -> dict[str, Any]:
     """Reduce what one logged step has summed, to one flat row (collective)."""
     names = sorted(sums)
@@ -128,6 +131,8 @@ def _row(
     }
     row |= {f"loss/{name}": value for name, value in losses.items()} | {name: value for name, value in means.items() if "/" in name}
     if torch.cuda.is_available():
+        (flops,) = distributed.reduce_sum([hooks.flops(data)])
+        row["mfu"] = model_flops_utilisation(flops / torch.distributed.get_world_size(), took, torch.cuda.get_device_name())
         row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     # JSON has no NaN.
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}

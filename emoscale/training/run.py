@@ -15,7 +15,7 @@ from omegaconf import MISSING
 from emoscale import distributed
 from emoscale.config import ConfigError, DataError, EmoscaleError, differences, to_dict, to_yaml
 from emoscale.data.collate import Encoder
-from emoscale.data.loader import Steps
+from emoscale.data.loader import StepData, Steps
 from emoscale.data.streams import Corpus, Joined, Order, Selected, Shuffled, Utterances
 from emoscale.data.synthetic import Synthetic
 from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
@@ -25,6 +25,7 @@ from emoscale.training.assets import write_assets
 from emoscale.training.build import Built, build
 from emoscale.training.engine import Engine, OptimConfig, ZeroConfig
 from emoscale.training.environment import environment, open_log
+from emoscale.training.flops import forward_flops
 from emoscale.training.loop import Hooks, Result, train
 from emoscale.training.schedule import learning_rate
 from emoscale.training.signals import Preemption
@@ -257,7 +258,7 @@ def _train(config: RunConfig, engine: Engine, built: Built, corpus: Utterances, 
     def run(preemption: Preemption) -> Result:
         hooks = Hooks(
             lambda step: learning_rate(step, peak=optim.lr, warmup=optim.warmup, total=loop.steps, shape=optim.schedule),
-            track, save, lambda: preemption.received,
+            track, save, lambda: preemption.received, lambda data: _flops(built, data),
         )
         engine.module.train()
         data = steps.iterate(first, loop.steps, workers=config.data.workers)
@@ -271,6 +272,16 @@ def _train(config: RunConfig, engine: Engine, built: Built, corpus: Utterances, 
                 output.close()
 
     return run
+
+
+def _flops(built: Built, data: StepData) -> float:
+    return sum(
+        forward_flops(
+            built.shape, (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist(),
+            {"visual": len(batch.visual), "acoustic": len(batch.acoustic)}, {name: targets.count for name, targets in batch.targets.items()},
+        )
+        for batch in data.batches
+    )
 
 
 def _open_folder(folder: Path, config: RunConfig, world: distributed.World) -> Path | None:

@@ -1,0 +1,36 @@
+"""Floating-point operations of a step, counted from shapes, and the share of a GPU's peak that they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+"""Dense bf16 peak, FLOP/s, as the maker states it; never the sparse figure."""
+
+
+def forward_flops(shape: dict[str, Any], lengths: list[int], frames: dict[str, int], masked: dict[str, int]) -> float:
+    """Count multiply-adds as two operations: matrix products only.
+
+    Args:
+        shape: keyword arguments of `UnifiedTransformer`.
+        lengths: tokens of each utterance.
+        frames: `visual` and `acoustic` frames, which pass their projections.
+        masked: masked units per objective, which pass its head.
+    """
+    width, tokens = shape["width"], sum(lengths)
+    layer = 2 * tokens * (4 * width * width + 2 * width * shape["ffn"]) + 4 * width * sum(n * n for n in lengths)
+    embed = sum(2 * count * shape[f"{name}_width"] * width for name, count in frames.items())
+    out = {"masked_text": shape["vocabulary"], "masked_visual": shape["visual_width"], "masked_acoustic": shape["acoustic_width"]}
+    heads = sum(2 * count * width * (width + out.get(name, 0)) for name, count in masked.items())
+    return float(shape["layers"] * layer + embed + heads)
+
+
+def peak_flops(device: str) -> float | None:
+    """Give a GPU's dense bf16 peak by a part of its name; None where it is not listed."""
+    return next((value for name, value in PEAKS.items() if name in device), None)
+
+
+def model_flops_utilisation(forward: float, seconds: float, device: str) -> float | None:
+    """Give (forward + backward) / (time × peak); backward counts twice forward, recomputation not at all."""
+    peak = peak_flops(device)
+    return 3.0 * forward / seconds / peak if peak is not None else None
