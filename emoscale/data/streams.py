@@ -18,9 +18,10 @@ import numpy as np
 
 from emoscale.batch import COLUMNS, MODALITIES, Utterance
 from emoscale.config import DataError
-from emoscale.kernels.philox import key_of
+from emoscale.kernels.philox import WORD, key_of, philox
 
 SCHEMA = 1
+SEED = (1 << 64) - 1
 REMEDY = "copy it from its source, or delete it and run `emoscale prepare` again"
 
 
@@ -228,4 +229,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=32)
 def _permutation(count: int, seed: int, purpose: str) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=key_of(seed, purpose))).permutation(count)
+    """Give a permutation by sorting Philox words: numpy's own shuffles may change between its releases, a resumed run may not."""
+    counters, key = np.arange(count, dtype=np.int64), key_of(seed, purpose)
+    high, low, *_ = philox(counters, counters * 0 + (key & WORD), counters * 0 + (key >> 32), counters * 0, seed & SEED)
+    return np.argsort((high << 31) | (low >> 1), kind="stable")

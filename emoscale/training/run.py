@@ -224,12 +224,20 @@ def _build(config: RunConfig, corpus: Utterances, world: distributed.World) -> B
     torch.manual_seed(config.run.seed)
     tokenizer = load_tokenizer(config.data.tokenizer, Path(config.data.corpora[0]))
     encoder = make_encoder(config.data, corpus, tokenizer)
+    _check_positions(config.model.positions, encoder)
     built = build(config.model, config.objectives, encoder, seed=config.run.seed, per_step=config.data.task_mix == "per_step")
     # Dropout differs between ranks; everything drawn before this line is the same on all.
     torch.manual_seed(config.run.seed + 1 + world.rank)
     if config.data.global_batch < world.size:
         raise ConfigError(f"data.global_batch: {config.data.global_batch} utterances cannot be shared by {world.size} ranks")
     return built
+
+
+def _check_positions(positions: int, encoder: Encoder) -> None:
+    """Raise where an utterance may be longer than the model has positions for."""
+    for key, longest in (("text", encoder.text.max_tokens + 2), ("visual", encoder.visual.max_frames), ("acoustic", encoder.acoustic.max_frames)):
+        if longest > positions:
+            raise ConfigError(f"data.max_{key}: up to {longest} positions are needed, model.positions is {positions}; lower one or raise the other")
 
 
 def _train(config: RunConfig, engine: Engine, built: Built, corpus: Utterances, world: distributed.World, folder: Path, first: int) -> Any:
