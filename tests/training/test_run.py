@@ -161,7 +161,7 @@ def test_check_writes_nothing(runs: Runs, tmp_path: Path):
     ("zero.stage=7", "zero.stage: 7"),
     ("zero.stage=0 run.precision=bf16", "zero.stage: bf16"),
     ("objectives.masked_txt={}", "did you mean 'masked_text'"),
-    ("data.only=none/", "no utterance's id begins with 'none/'"),
+    ("data.only=none/", "no utterance is left; ids look like"),
     ("run.signal=NOSUCH", "run.signal: 'NOSUCH' is no signal"),
 ])  # fmt: skip
 def test_what_cannot_run_says_so_in_one_line(runs: Runs, tmp_path: Path, word: str, message: str):
