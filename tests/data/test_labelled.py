@@ -126,10 +126,10 @@ def test_features_of_another_encoder_are_refused_by_name() -> None:
     mine, theirs = (Synthetic(0, visual_width=6, acoustic_width=5, expressions=0).manifest for _ in range(2))
     check_encoders(theirs, mine, "corpus")
     theirs["acoustic"]["encoder"] = {"name": "wav2vec2"}
-    with pytest.raises(DataError, match="corpus: its acoustic features .*'wav2vec2' → 'synthetic'"):
+    with pytest.raises(DataError, match=r"corpus: its acoustic features .*'wav2vec2' → 'synthetic'"):
         check_encoders(theirs, mine, "corpus")
     theirs["visual"]["width"] = 7
-    with pytest.raises(DataError, match="visual features .*width: 7 → 6"):
+    with pytest.raises(DataError, match=r"visual features .*width: 7 → 6"):
         check_encoders(theirs, mine, "corpus")
 
 
