@@ -127,6 +127,12 @@ def predictions(folder: Path, arm: str) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["arm"] == arm]
 
 
+def flip_last_byte(path: Path) -> None:
+    """Damage a file without changing its length."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 def tested_speakers(labels: list[tuple[str, str, str]]) -> set[str]:
     """Give the speakers that the first of three folds tests."""
     from emoscale.evaluation.protocols import speaker_folds

@@ -184,7 +184,7 @@ class EmotionModel:
         return np.stack(vectors)
 
     def _row(self, item: Utterance, chances: np.ndarray | None) -> dict[str, Any]:
-        row: dict[str, Any] = {"id": item.id, "start_s": round(item.start, 3), "end_s": round(item.end, 3), "text": item.text}
+        row: dict[str, Any] = {"id": item.id, "start_s": round(float(item.start), 3), "end_s": round(float(item.end), 3), "text": item.text}
         if chances is None:
             return row | {"emotion": None, "p": None}
         best = int(chances.argmax())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from emoscale.config import ConfigError, DataError
 from emoscale.training.export import export
-from tests.tuned import CLASSES, Tuned
+from tests.tuned import CLASSES, Tuned, flip_last_byte
 
 FILES = {"config.json", "model.safetensors", "tokenizer", "preprocessor_config.json", "labels.json", "score.json", "README.md"}
 
@@ -58,7 +58,7 @@ def test_what_holds_nothing_to_export(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_leaves_nothing_behind(tuned: Tuned, tmp_path: Path) -> None:
     step = Path(shutil.copytree(tuned.checkpoint, tmp_path / "step_00000006"))
     weights = step / "weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    flip_last_byte(weights)
     with pytest.raises(DataError, match=r"weights.safetensors: damaged"):
         export(step, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000006"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from emoscale.config import ConfigError, DataError, load
 from emoscale.training.finetune import FinetuneConfig, check, find_checkpoint
-from tests.tuned import CLASSES, Tuned, predictions, results
+from tests.tuned import CLASSES, Tuned, flip_last_byte, predictions, results
 
 
 def config(tuned: Tuned, *more: str, **given: str) -> FinetuneConfig:
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_lone_one_is_an_error(tuned: T
     step = next((run / "checkpoints").glob("step_*"))
     shutil.copytree(step, step.with_name("step_00000009"))
     broken = step.with_name("step_00000009") / "weights.safetensors"
-    broken.write_bytes(broken.read_bytes()[:-1] + b"?")
+    flip_last_byte(broken)
     assert find_checkpoint(str(run)) == step
     with pytest.raises(DataError, match=r"weights.safetensors: damaged"):
         check(config(tuned, init=str(broken.parent)))
