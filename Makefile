@@ -1,5 +1,6 @@
 # make quickstart   from a fresh clone to quickstart/report.html (CORPUS=folder takes real video instead of the demo)
 # make test         the whole test suite (PYTEST_ARGS=… goes to pytest)
+# make test-ranks   the longer tests of equality over ranks, kills and signals
 # make demo-report  the demo table: three seeds, every arm, the control
 # make lint         format, style and types
 # make native       build csrc/ with the torch of .venv
@@ -31,7 +32,7 @@ endef
 
 timed = @start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(($$(date +%s) - start)) s"
 
-.PHONY: quickstart test demo-report lint native clean
+.PHONY: quickstart test test-ranks demo-report lint native clean
 .DELETE_ON_ERROR:
 
 ifeq ($(CORPUS),)
@@ -60,6 +61,9 @@ demo-report: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-ranks: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow tests/training/test_engine.py tests/training/test_run.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
