@@ -22,7 +22,7 @@ KINDS = ("av", "video", "audio", "av_segment")
 FOLDS = 5
 DRAWS = 20
 TRAIN = [
-    "model.size=tiny", "data.global_batch=32", "data.max_tokens=4096", "data.workers=0", "run.steps=400", "run.save_every=400",
+    "model.size=tiny", "data.global_batch=32", "data.max_tokens=4096", "data.workers=0", "run.steps=250", "run.save_every=250",
     "run.log_every=50", "run.precision=fp32", "optim.lr=1e-3", "optim.warmup=20", "data.max_visual=36", "run.threads=2",
 ]
 
