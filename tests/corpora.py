@@ -19,7 +19,7 @@ def write_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     words = [*dict.fromkeys([*WORDS, "i", "am", "anger", "happy", "neutral", "sad", "un", "##like", "##ly", "."])]
     (folder / "vocab.txt").write_text("\n".join([*SPECIALS, *words]) + "\n")
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
 
 
 def write_corpus(folder: Path, utterances: list[Utterance] | Synthetic, manifest: dict | None = None, shard_bytes: int = 1 << 18) -> Path:

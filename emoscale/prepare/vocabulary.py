@@ -47,7 +47,8 @@ def build(texts: Iterable[str], config: TextConfig, folder: Path) -> dict[str, A
     folder.mkdir(parents=True)
     pieces = _pieces(texts, config)
     (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), do_lower_case=True).save_pretrained(str(folder))
+    # From transformers 5 on the constructor takes no file, silently; loading the folder does in every release.
+    BertTokenizerFast.from_pretrained(str(folder), do_lower_case=True).save_pretrained(str(folder))
     return {
         "folder": TOKENIZER,
         "sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),

@@ -144,9 +144,10 @@ def drop_a_weight(model: Path) -> None:
 def other_tokenizer(model: Path) -> None:
     from transformers import BertTokenizerFast
 
-    (model / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\none\ntwo\n")
     shutil.rmtree(model / "tokenizer")
-    BertTokenizerFast(vocab_file=str(model / "vocab.txt")).save_pretrained(model / "tokenizer")
+    (model / "tokenizer").mkdir()
+    (model / "tokenizer" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\none\ntwo\n")
+    BertTokenizerFast.from_pretrained(model / "tokenizer").save_pretrained(model / "tokenizer")
 
 
 def other_widths(model: Path) -> None:

@@ -91,9 +91,10 @@ def test_a_tokenizer_of_the_same_size_but_other_words_is_refused(tuned: Tuned, t
     from transformers import BertTokenizerFast
 
     words = (tuned.corpus / "tokenizer" / "vocab.txt").read_text().split("\n")
-    swapped = tmp_path / "vocab.txt"
+    swapped = tmp_path / "tokenizer" / "vocab.txt"
+    swapped.parent.mkdir()
     swapped.write_text("\n".join([*words[:5], *reversed(words[5:-1]), ""]))
-    BertTokenizerFast(vocab_file=str(swapped)).save_pretrained(tmp_path / "tokenizer")
+    BertTokenizerFast.from_pretrained(swapped.parent).save_pretrained(swapped.parent)
     with pytest.raises(DataError, match="its tokenizer numbers other words"):
         prepared(tuned, f"tokenizer={tmp_path / 'tokenizer'}")
 
