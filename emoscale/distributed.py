@@ -104,7 +104,7 @@ def init() -> World:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         store = None
         if world.size == 1 and "MASTER_PORT" not in os.environ:
-            store = dist.HashStore()
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # public in the documentation
             os.environ["MASTER_PORT"] = "29500"
         dist.init_process_group(
             "nccl" if cuda else "gloo", rank=world.rank, world_size=world.size, timeout=TIMEOUT, store=store,

@@ -28,7 +28,10 @@ REMEDY = "copy it from its source, or delete it and run `emoscale prepare` again
 class Utterances(Protocol):
     """A finite, numbered collection of utterances."""
 
-    manifest: dict[str, Any]
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of the corpus they come from."""
+        ...
 
     def __len__(self) -> int: ...
 

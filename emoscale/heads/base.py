@@ -29,6 +29,9 @@ class Head(Task):
     target: ClassVar[str]
     """Which targets of a labelled batch it reads: `classify` (the [CLS] rows) or `prompt` (the template's [MASK])."""
 
+    words: Tensor
+    class_weights: Tensor
+
     @dataclass
     class Config:
         """What every head can be told."""
