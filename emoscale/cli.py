@@ -79,7 +79,11 @@ def prepare(
         manifest = shards.verify(Path(config.output))
         return _show(manifest["counts"], json, f"{config.output}: {len(manifest['shards'])} shards match their hashes")
     _announce(config.output, json)
-    summary = pipeline.prepare(config, _progress(json))
+    try:
+        summary = pipeline.prepare(config, _progress(json))
+    except pipeline.SkippedInputsError as error:
+        _show(vars(error.summary), json, error.summary.table())
+        raise
     return _show(vars(summary), json, summary.table())
 
 
