@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from emoscale import __version__, cli
 from emoscale.config import ConfigError, DataError
+from tests.training.forks import Forks
+from tests.tuned import Tuned
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("doctor", "prepare", "pretrain", "finetune", "evaluate", "predict", "export", "bench", "config")
@@ -83,6 +85,18 @@ def test_version() -> None:
         (["prepare", "source=a", "output=b", "workers=-1"], "workers: -1, must be at least 0"),
         (["prepare", "source=a"], "output: no value given"),
         (["config", "prepare", "sauce"], "sauce: unknown key of prepare"),
+        (["pretrain", "data.corpora=[a]", "run.output=b", "optim.lrr=1"], "optim.lrr: unknown key in the command line; did you mean 'optim.lr'?"),
+        (["pretrain", "data.corpora=[a]", "run.output=b", "optim.lr=fast"], "optim.lr: "),
+        (["pretrain", "data.corpora=[a]", "run.output=b", "run.steps=0"], "run.steps: 0 is not ≥ 1"),
+        (["pretrain", "data.corpora=[a]"], "run.output: no value given"),
+        (["finetune", "corpus=a", "output=b", "hed=c"], "hed: unknown key in the command line; did you mean 'head'?"),
+        (["finetune", "corpus=a", "output=b", "fraction=2"], "fraction: 2.0 is not in (0, 1]"),
+        (["finetune", "corpus=a", "output=b", "batch=many"], "batch: "),
+        (["finetune", "corpus=a"], "output: no value given"),
+        (["finetune", "corpus=none", "output=b", "--check"], "corpus: none does not exist"),
+        (["evaluate", "corpus=a"], "model: no value given"),
+        (["evaluate", "model=a", "corpus=b", "speaker=[c]"], "speaker: unknown key in the command line; did you mean 'speakers'?"),
+        (["config", "finetune", "optim.speed"], "optim.speed: unknown key of finetune"),
     ],
 )
 def test_unusable_configuration_is_one_line_and_exit_2(
@@ -104,6 +118,84 @@ def test_unusable_command_is_exit_2(
     status, _, err = called(monkeypatch, capsys, *words)
     assert status == 2
     assert "Usage: emoscale" in err
+
+
+def answered(tuned: Tuned, words: list[str]) -> list[str]:
+    """Fill in the folders of the session's model."""
+    folders = {"MODEL": tuned.main / "models" / "prompt", "CORPUS": tuned.corpus, "LABELS": tuned.labels, "RUN": tuned.pretrained}
+    return [re.sub("|".join(folders), lambda found: str(folders[found[0]]), word) for word in words]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["finetune", "corpus=CORPUS", "labels=none.csv", "output=OUT"], 2, "labels: none.csv does not exist"),
+        (["finetune", "corpus=CORPUS", "labels=LABELS", "label_key=mood", "output=OUT"], 1, "LABELS: lacks the columns mood"),
+        (["finetune", "corpus=CORPUS", "output=OUT"], 1, "no utterance has a row of labels"),
+        (["finetune", "corpus=CORPUS", "labels=LABELS", "classes=[anger, sad]", "output=OUT"], 1, "48 rows have a label that is none of anger, sad: synthetic#000001 (neutral), "),
+        (["finetune", "corpus=CORPUS", "labels=LABELS", "init=none", "output=OUT"], 2, "init: none holds no checkpoint"),
+        (["evaluate", "model=MODEL", "corpus=none"], 2, "corpus: none does not exist"),
+        (["evaluate", "model=CORPUS", "corpus=CORPUS"], 2, "CORPUS/config.json: not found"),
+        (["evaluate", "model=MODEL", "corpus=CORPUS"], 1, "no utterance has a row of labels"),
+        (["predict", "none.mp4", "--model", "MODEL"], 1, "none.mp4: no such file"),
+        (["predict", "none.mp4", "--model", "CORPUS"], 2, "CORPUS/config.json: not found"),
+        (["export", "CORPUS", "OUT"], 2, "CORPUS: neither a model folder, nor a checkpoint"),
+        (["export", "RUN", "CORPUS"], 2, "CORPUS: exists already"),
+    ],
+)
+def test_bad_input_is_one_line_with_its_exit_code_and_leaves_no_output(
+    words: list[str], status: int, message: str, tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [word.replace("OUT", "out") for word in answered(tuned, words)]
+    found, _, err = called(monkeypatch, capsys, *given)
+    assert found == status, err
+    last = err.splitlines()[-1]
+    assert last.startswith(f"emoscale: {answered(tuned, [message])[0]}"), err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.corpora=[none]", "run.output=OUT"], "data.corpora: none does not exist"),
+        (["data.corpora=[CORPUS]", "run.output=RUN", "run.precision=fp32"], "RUN: holds a run with another configuration ("),
+        (["data.corpora=[CORPUS]", "run.output=OUT", "data.tokenizer=none"], "data.tokenizer: none cannot be loaded"),
+    ],
+)
+def test_pretraining_that_cannot_begin_is_one_line_and_exit_2(words: list[str], message: str, tuned: Tuned, forks: Forks, tmp_path: Path) -> None:
+    given = [word.replace("OUT", str(tmp_path / "out")) for word in answered(tuned, words)]
+    ranks = forks.start("tests.training.runs:command", "pretrain", *given)
+    assert ranks.wait() == [2], ranks.output()
+    assert ranks.output().splitlines()[-1].startswith(f"emoscale: {answered(tuned, [message])[0]}")
+    assert "Traceback" not in ranks.output()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "model=MODEL", "corpus=CORPUS", "labels=LABELS", "--json"],
+        ["finetune", "corpus=CORPUS", "labels=LABELS", "init=RUN", "output=out", "folds=3", "--check", "--json"],
+        ["config", "finetune", "optim", "--json"],
+    ],
+    ids=["evaluate", "finetune --check", "config"],
+)
+def test_json_is_all_that_stands_on_stdout(
+    words: list[str], tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = called(monkeypatch, capsys, *answered(tuned, words))
+    assert status == 0, err
+    assert json.loads(out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_writes_the_folder_it_names(tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = called(monkeypatch, capsys, "export", str(tuned.pretrained), str(tmp_path / "model"))
+    assert status == 0, err
+    assert out == f"output: {tmp_path / 'model'}\n"
+    assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def test_failure_is_one_line_and_exit_1_with_the_traceback_on_request(tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ class EmotionModel:
                     f"{shape[f'{name}_width']}; it is another model's"
                 )
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = _load_weights(folder).to(self.device).eval()
+        self.model = _load_weights(folder).eval()
+        nn.Module.to(self.model, self.device)
         config = self.model.config
         self.classes: list[str] = list(config.classes)
         template = config.template if config.head.get("name") == "prompt" else ""
@@ -224,9 +225,10 @@ def load(path_or_id: str | Path, *, device: str = "") -> EmotionModel:
 def _load_weights(folder: Path) -> EmoscaleModel:
     """Load the weights, all of them: transformers itself draws at random what a file lacks."""
     try:
-        model, report = EmoscaleModel.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = EmoscaleModel.from_pretrained(folder, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder}: its weights cannot be loaded ({' '.join(str(error).split())}); export the model again") from error
+    model, report = loaded
     wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if wrong:
         raise DataError(f"{folder}: config.json and model.safetensors are of different models; {len(wrong)} weights have no counterpart: {', '.join(wrong[:5])}")

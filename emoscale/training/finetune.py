@@ -140,9 +140,9 @@ def finetune(config: FinetuneConfig) -> Path:
         ConfigError: an arm, checkpoint or class word cannot be used.
         DataError: labels are missing or unknown, a fold's speakers overlap, or a checkpoint does not fit.
     """
+    arms, data, folds = _prepare(config)
     world = distributed.init()
     folder = Path(config.output)
-    arms, data, folds = _prepare(config)
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / "models", ignore_errors=True)
@@ -188,10 +188,7 @@ def _recipe(config: FinetuneConfig) -> Recipe:
 def _prepare(config: FinetuneConfig) -> tuple[dict[str, Arm], LabelledSet, list[Fold]]:
     if not Path(config.corpus).is_dir():
         raise ConfigError(f"corpus: {config.corpus} does not exist; `emoscale prepare` makes one")
-    # The report reads these when everything is trained; that would be late to miss them.
-    for key, path in {"oracle": config.oracle, **{f"curves.{name}": f"{run}/metrics.jsonl" for name, run in config.curves.items()}}.items():
-        if path and not Path(path).is_file():
-            raise ConfigError(f"{key}: {path} does not exist; name another, or leave it out")
+    _check_reported(config)
     corpus = Corpus(config.corpus)
     data = labelled_set(corpus, read_labels(config.labels, corpus, config.label_key), key=config.label_key, classes=config.classes, only=config.only)
     folds = _folds(config, data)
@@ -215,6 +212,13 @@ def _prepare(config: FinetuneConfig) -> tuple[dict[str, Arm], LabelledSet, list[
     for arm, seed in itertools.product(arms.values(), config.seeds):
         start_of(arm, _recipe(config), data, seed)
     return arms, data, folds
+
+
+def _check_reported(config: FinetuneConfig) -> None:
+    """Raise where the report's other sources do not exist: it reads them when everything is trained, which is late to miss them."""
+    for key, path in {"oracle": config.oracle, **{f"curves.{name}": f"{run}/metrics.jsonl" for name, run in config.curves.items()}}.items():
+        if path and not Path(path).is_file():
+            raise ConfigError(f"{key}: {path} does not exist; name another, or leave it out")
 
 
 def _arm(config: FinetuneConfig, arm: ArmConfig, data: LabelledSet) -> Arm:
