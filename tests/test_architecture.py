@@ -68,6 +68,8 @@ def complaint(path: Path, name: str) -> str | None:
     parts = name.split(".")
     if parts[0] != "emoscale" or name == "emoscale.__version__":
         return None
+    if parts[1] == "_native" and unit_of(path) == "kernels":
+        return None  # csrc/ compiled: no module of ours
     own, other = (
         unit_of(path),
         parts[1] if (PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").is_file() else "emoscale",
