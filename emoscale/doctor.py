@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -87,8 +86,9 @@ def _file_finding(folder: Path, name: str, sha256: str) -> Finding:
     path = folder / name
     if not path.is_file():
         return Finding(name, False, "missing", "take an older checkpoint", needed=True)
-    with path.open("rb") as file:
-        seen = hashlib.file_digest(file, "sha256").hexdigest()
+    from emoscale.data.streams import file_sha256
+
+    seen = file_sha256(path)
     ok = seen == sha256
     detail = "matches its hash" if ok else f"sha256 {seen[:12]}…, the manifest says {sha256[:12]}…"
     return Finding(name, ok, detail, "take an older checkpoint", needed=True)

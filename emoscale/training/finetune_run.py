@@ -20,6 +20,7 @@ from emoscale.data.labelled import LabelEncoder, LabelledSet, Part, check_encode
 from emoscale.data.loader import Steps
 from emoscale.data.streams import Order
 from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
+from emoscale.evaluation.metrics import confusion_matrix
 from emoscale.evaluation.predictions import Predictions
 from emoscale.evaluation.protocols import Fold
 from emoscale.heads import Head
@@ -266,7 +267,7 @@ def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _uar(predicted: Any, truth: Any, classes: int) -> float:
-    cells = np.bincount(np.asarray(truth) * classes + np.asarray(predicted), minlength=classes * classes).reshape(classes, classes)
+    cells = confusion_matrix(truth, predicted, classes)
     present = cells.sum(1) > 0
     return float(np.mean(np.diag(cells)[present] / cells.sum(1)[present]))
 
