@@ -86,7 +86,7 @@ def _file_finding(folder: Path, name: str, sha256: str) -> Finding:
     path = folder / name
     if not path.is_file():
         return Finding(name, False, "missing", "take an older checkpoint", needed=True)
-    from emoscale.data.streams import file_sha256
+    from emoscale.files import file_sha256
 
     seen = file_sha256(path)
     ok = seen == sha256

@@ -12,6 +12,7 @@ from emoscale.data.masking import Sizes
 from emoscale.data.tokens import SPECIAL, Tokens
 
 VOCABULARY, VISUAL, ACOUSTIC, CLASSES = 30, 5, 6, 3
+EXPRESSION_WORDS = (7, 3, 11)
 CLS, SEP, FIRST_WORD = 0, 1, 2
 
 
@@ -50,6 +51,11 @@ def batch_of(sizes: list[tuple[int, int, int]], *, labels: list[int] | None = No
         frames = torch.nonzero((owner[rows] % 4 == turn) & (positions % 3 == 0)).flatten()
         batch.targets[name] = Targets(rows[frames], frames)
         getattr(batch, f"{modality}_masked")[frames] = True
+    # The token behind [CLS] stands for a prompt's [MASK].
+    starts, asked = batch.cu_seqlens[:-1].long(), [i for i, item in enumerate(items) if item.sizes.words and item.sizes.visual]
+    frames = torch.stack([torch.nonzero(owner[batch.visual_rows] == int(items[i].sizes.id)).flatten()[0] for i in asked] or [torch.zeros(0)])
+    firsts = starts[asked]
+    batch.targets["utterance_emotion"] = Targets(torch.cat([firsts + 1, firsts]), torch.cat([frames, frames]).long())
     return batch
 
 

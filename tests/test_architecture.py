@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "emoscale"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
-    {"batch", "config", "distributed", "imports", "kernels"},
+    {"batch", "config", "distributed", "files", "imports", "kernels", "template"},
     {"prepare", "data"},
     {"models"},
     {"objectives", "heads"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,20 @@ class Encoded:
     def length(self) -> int:
         """Tokens it takes in the packed tensor."""
         return len(self.tokens.ids) + len(self.visual) + len(self.acoustic)
+
+    def without(self, modality: str) -> Encoded:
+        """Give the utterance as if it had no such modality; itself for an empty name."""
+        if modality == "text":
+            ends = Tokens(self.tokens.ids[[0, -1]], self.tokens.words[[0, -1]])
+            return replace(self, tokens=ends, sizes=replace(self.sizes, words=0))
+        if modality == "visual":
+            return replace(self, visual=self.visual[:0], emotion=self.emotion[:0], sizes=replace(self.sizes, visual=0))
+        return replace(self, acoustic=self.acoustic[:0], sizes=replace(self.sizes, acoustic=0)) if modality else self
+
+    def prompted(self, encoder: TextEncoder, template: str) -> Encoded:
+        """Give the utterance with its text in a template."""
+        tokens = encoder.prompted(self.tokens, template)
+        return replace(self, tokens=tokens, prompt=int(np.flatnonzero(tokens.ids == encoder.mask)[-1]))
 
 
 class Encoder:
@@ -79,8 +93,16 @@ def split(items: list[Encoded], max_tokens: int) -> list[list[Encoded]]:
 
 def pack(items: list[Encoded], *, plan: MaskingPlan | None = None, encoder: TextEncoder | None = None, step: int = 0) -> Batch:
     """Pack utterances behind one another, withhold what the plan says, and list what each objective must predict."""
+    tasks: list[MaskSpec | None] = [None] * len(items)
+    if plan is not None:
+        whole = [item.sizes for item in items]
+        tasks = plan.assign(whole, step)
+        items = [item.without(modality) for item, modality in zip(items, plan.left_out(whole, tasks), strict=True)]
+        items = [
+            item.prompted(encoder, task.template) if task is not None and task.template and encoder is not None else item
+            for item, task in zip(items, tasks, strict=True)
+        ]
     sizes = [item.sizes for item in items]
-    tasks: list[MaskSpec | None] = plan.assign(sizes, step) if plan is not None else [None] * len(items)
     lengths = np.array([item.length for item in items], np.int64)
     starts = np.cumsum(lengths) - lengths
     text_lengths = np.array([len(item.tokens.ids) for item in items], np.int64)
@@ -103,6 +125,8 @@ def pack(items: list[Encoded], *, plan: MaskingPlan | None = None, encoder: Text
             of_modality, rows_of = (visual_lengths, visual_rows) if spec.modality == "visual" else (acoustic_lengths, acoustic_rows)
             wanted = _mask_frames(sizes, members, of_modality, masks[spec.modality], plan, spec)
             rows = rows_of[wanted]
+            if spec.template:
+                rows, wanted = _ask_once(items, members, of_modality, starts)
         targets[spec.name] = Targets(torch.from_numpy(rows), torch.from_numpy(wanted))
     return Batch(
         ids=[item.id for item in sizes],
@@ -159,6 +183,14 @@ def _mask_frames(
     withheld = chosen[plan.frames([sizes[i] for i in members], spec)]
     masked[withheld] = True
     return withheld
+
+
+def _ask_once(items: list[Encoded], members: list[int], lengths: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give (packed rows of each prompt's [MASK], then of each [CLS]; the utterance's middle frame for both)."""
+    first = starts[members]
+    masks = first + np.array([items[i].prompt for i in members], np.int64)
+    middle = (np.cumsum(lengths) - lengths)[members] + lengths[members] // 2
+    return np.concatenate([masks, first]), np.concatenate([middle, middle])
 
 
 def _label_targets(items: list[Encoded], starts: np.ndarray, text_rows: np.ndarray, lengths: np.ndarray) -> dict[str, Targets]:

@@ -76,7 +76,7 @@ class LabelEncoder(Encoder):
     Args:
         text, visual, acoustic: see `Encoder`.
         labels: utterance id → class number; an utterance that is not named counts as class 0, which only a loss reads.
-        template: prompt behind the text with one [MASK]; empty = none.
+        template: prompt around the text, with one `{text}` and one `[MASK]`; empty = none.
         modalities: those kept; the others are as if absent.
         remember: encode each id once only; for a set whose ids are unique, and that is read again and again.
     """
@@ -108,8 +108,7 @@ class LabelEncoder(Encoder):
             return None
         item.label = self.labels.get(utterance.id, 0)
         if self.template:
-            item.tokens = self.text(kept.text, self.template)
-            item.prompt = int(np.flatnonzero(item.tokens.ids == self.text.mask)[-1])
+            item = item.prompted(self.text, self.template)
         return item
 
 

@@ -6,12 +6,14 @@ rank, world size, worker count, batch layout or restarts, and every count is kno
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
+from emoscale.batch import MODALITIES
 from emoscale.data.tokens import SPECIAL, TextEncoder, Tokens
 from emoscale.kernels import span_mask
 from emoscale.kernels.philox import WORD, key_of, philox
@@ -36,6 +38,8 @@ class MaskSpec:
     """Frames per span; 1 = single frames."""
     whole_word: bool = True
     """Text only: withhold all pieces of a word together."""
+    template: str = ""
+    """Prompt that the text is put into; then [MASK] and [CLS] are asked, once per utterance, and not the withheld frames."""
 
 
 @dataclass
@@ -61,12 +65,14 @@ class MaskingPlan:
         specs: the objectives, in a fixed order.
         seed: stream of the run.
         per_step: one objective for all utterances of a step (as in MEmoBERT's code) instead of one for each.
+        modality_dropout: modality → probability that an objective of another modality is shown without it.
     """
 
-    def __init__(self, specs: list[MaskSpec], seed: int, *, per_step: bool = False) -> None:
+    def __init__(self, specs: list[MaskSpec], seed: int, *, per_step: bool = False, modality_dropout: Mapping[str, float] | None = None) -> None:
         self.specs = specs
         self.seed = seed
         self.per_step = per_step
+        self.modality_dropout = dict(modality_dropout or {})
 
     def assign(self, items: list[Sizes], step: int) -> list[MaskSpec | None]:
         """Give each utterance the objective it serves: drawn by `mix` among those whose modality it has.
@@ -76,6 +82,16 @@ class MaskingPlan:
         keys = [key_of("step", step) if self.per_step else key_of("task", item.turn, item.id) for item in items]
         draws = uniform(np.array(keys, np.int64), self.seed)
         return [self._pick(item, float(draw)) for item, draw in zip(items, draws, strict=True)]
+
+    def left_out(self, items: list[Sizes], specs: list[MaskSpec | None]) -> list[str]:
+        """Give the modality that each utterance is shown without; empty for none.
+
+        Words and voice both tell of a face; where they always come together, the one that is easier to remember is learned
+        alone. An utterance that serves nothing, or whose objective has a single other modality to look at, is shown whole.
+        """
+        keys = [key_of("left out", item.turn, item.id) for item in items]
+        draws = uniform(np.array(keys, np.int64), self.seed)
+        return [self._left_out(item, spec, float(draw)) for item, spec, draw in zip(items, specs, draws, strict=True)]
 
     def frames(self, items: list[Sizes], spec: MaskSpec) -> np.ndarray:
         """Give bool over the frames of these utterances, behind one another: True = withheld."""
@@ -108,6 +124,16 @@ class MaskingPlan:
             if draw < 0:
                 return spec if item.of(spec.modality) > 0 else None
         return open_to[-1] if open_to and item.of(open_to[-1].modality) > 0 else None
+
+    def _left_out(self, item: Sizes, spec: MaskSpec | None, draw: float) -> str:
+        others = [modality for modality in MODALITIES if spec is not None and modality != spec.modality and item.of(modality) > 0]
+        if len(others) < 2:
+            return ""
+        for modality in others:
+            draw -= self.modality_dropout.get(modality, 0.0)
+            if draw < 0:
+                return modality
+        return ""
 
     def _stream(self, counters: np.ndarray, key: int, purpose: int) -> tuple[np.ndarray, ...]:
         zero = np.zeros_like(counters)

@@ -6,7 +6,6 @@ and lets forked workers share one connection, so the order, the resume position 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_right
 from dataclasses import replace
@@ -18,6 +17,7 @@ import numpy as np
 
 from emoscale.batch import COLUMNS, MODALITIES, Utterance
 from emoscale.config import DataError
+from emoscale.files import file_sha256
 from emoscale.kernels.philox import WORD, key_of, philox
 
 SCHEMA = 1
@@ -210,12 +210,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("schema") != SCHEMA:
         raise DataError(f"{folder}: manifest schema is {manifest.get('schema')!r}, this version reads {SCHEMA}; prepare the corpus again")
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    """Hash a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from emoscale.batch import Utterance
 from emoscale.config import ConfigError, DataError
+from emoscale.template import BLANK, TEXT
 
 SPECIAL = -1
 
@@ -46,19 +48,44 @@ class TextEncoder:
 
         Args:
             text: what is said.
-            template: words behind it that are never cut, such as `I am [MASK].`; the text gets a full stop before it where
-                it has no closing mark.
+            template: words around it that are never cut, such as `{text} I am [MASK] .`; where words follow, the text gets a
+                full stop if it has no closing mark.
         """
-        if template and text and text[-1] not in ".?!":
-            text = f"{text} ."
         ids, words = self._pieces(text, literal=True)
-        more, _ = self._pieces(template.replace("[MASK]", self.tokenizer.mask_token), literal=False)
-        ids, words = ids[: self.max_tokens - len(more)], words[: self.max_tokens - len(more)]
-        special = [SPECIAL] * (len(more) + 1)
-        return Tokens(np.array([self.cls, *ids, *more, self.sep], np.int64), np.array([SPECIAL, *words, *special], np.int64))
+        return self._around(ids, words, template)
+
+    def prompted(self, tokens: Tokens, template: str) -> Tokens:
+        """Put a tokenised text into a template, as if it had been given with it."""
+        return self._around(tokens.ids[1:-1].tolist(), tokens.words[1:-1].tolist(), template)
+
+    def _around(self, ids: list[int], words: list[int], template: str) -> Tokens:
+        front, tail = self._template(template) if template else ([], [])
+        if tail and ids and ids[-1] not in self._closing:
+            ids, words = [*ids, self._full_stop], [*words, words[-1] + 1]
+        room = max(0, self.max_tokens - len(front) - len(tail))
+        ids, words = ids[:room], words[:room]
+        return Tokens(
+            np.array([self.cls, *front, *ids, *tail, self.sep], np.int64),
+            np.array([*[SPECIAL] * (len(front) + 1), *words, *[SPECIAL] * (len(tail) + 1)], np.int64),
+        )
+
+    @cached_property
+    def _full_stop(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(".")
+
+    @cached_property
+    def _closing(self) -> set[int]:
+        return set(self.tokenizer.convert_tokens_to_ids([".", "?", "!"]))
+
+    @lru_cache  # noqa: B019  # a handful of templates, and encoders live as long as their run
+    def _template(self, template: str) -> tuple[list[int], list[int]]:
+        before, _, behind = template.replace(BLANK, self.tokenizer.mask_token).partition(TEXT)
+        return self._pieces(before, literal=False)[0], self._pieces(behind, literal=False)[0]
 
     def _pieces(self, text: str, *, literal: bool) -> tuple[list[int], list[int]]:
         """Tokenise words; with `literal`, a `[MASK]` or `[SEP]` that somebody wrote is text like any other."""
+        if not text:
+            return [], []
         encoded = self.tokenizer(
             text.split(), is_split_into_words=True, add_special_tokens=False, split_special_tokens=literal, verbose=False
         )
@@ -83,6 +110,27 @@ def load_tokenizer(name: str, corpus: Path | None) -> Any:
     if not tokenizer.is_fast:
         raise ConfigError(f"data.tokenizer: {source} is a slow tokenizer; give one with a tokenizer.json")
     return tokenizer
+
+
+def class_words(classes: list[str], verbalisers: dict[str, str], tokenizer: Any) -> list[int]:
+    """Give the word piece that stands for each class in a prompt; a class without a verbaliser stands for itself.
+
+    Raises:
+        ConfigError: a word is no single known piece, two classes have the same, or a verbaliser is for no class.
+    """
+    strange = sorted(verbalisers.keys() - set(classes))
+    if strange:
+        raise ConfigError(f"verbalisers: {', '.join(strange)} is no class; there are {', '.join(classes)}")
+    words: dict[int, str] = {}
+    for name in classes:
+        word = verbalisers.get(name, name)
+        piece = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))
+        if len(piece) != 1 or piece[0] == tokenizer.unk_token_id:
+            raise ConfigError(f"verbalisers.{name}: {word!r} is {len(piece)} word pieces in this tokenizer, one known piece is needed; name another word")
+        if piece[0] in words:
+            raise ConfigError(f"verbalisers.{name}: {word!r} stands for {words[piece[0]]} already; name another word")
+        words[piece[0]] = name
+    return list(words)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 from emoscale.config import DataError
 from emoscale.evaluation.charts import legend, line_chart, number
 from emoscale.evaluation.page import Section, cell, table
+from emoscale.files import file_sha256
 
 FIRST_CURVES = ("loss", "uar", "validation", "valid", "eval", "wa")
 LAST_CURVES = ("lr", "grad_norm", "utterances_per_s", "data_wait_share", "mfu", "memory_gib")
@@ -79,7 +79,7 @@ def corpus_section(corpus_folder: Path, *, command: str, title: str = "Corpus") 
     )
     html += "<h3>Encoders</h3>" + _encoders(manifest)
     html += _ledger(folder / "ledger.jsonl")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_sha256(path)
     shards = manifest.get("shards", [])
     rows = [
         [cell(s["file"], "code"), cell(f"{s.get('utterances', 0):,}", "num"), cell(s["sha256"], "code")] for s in shards

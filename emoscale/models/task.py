@@ -23,6 +23,8 @@ class Sizes:
     acoustic: int
     expressions: int = 0
     """Classes of the expression teacher; 0 = no teacher."""
+    expression_words: tuple[int, ...] = ()
+    """Word piece that stands for each of them, where an objective speaks."""
 
 
 class Task(nn.Module, ABC):

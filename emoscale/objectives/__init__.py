@@ -6,6 +6,7 @@ from emoscale.objectives.base import Objective
 from emoscale.objectives.masked_acoustic import MaskedAcoustic
 from emoscale.objectives.masked_text import MaskedText
 from emoscale.objectives.masked_visual import MaskedVisual
+from emoscale.objectives.utterance_emotion import UtteranceEmotion
 from emoscale.objectives.visual_emotion import VisualEmotion
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -13,6 +14,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "masked_acoustic": MaskedAcoustic,
     "masked_visual": MaskedVisual,
     "visual_emotion": VisualEmotion,
+    "utterance_emotion": UtteranceEmotion,
 }
 
 __all__ = ["OBJECTIVES", "Objective"]

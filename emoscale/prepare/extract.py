@@ -256,7 +256,7 @@ class Extractor:
         notes[f"speaker: {choice.reason}"] += 1
         if choice.track is None:
             return np.zeros((0, self.visual.width), np.float16), np.zeros((0, len(self.visual.classes)), np.float16)
-        return self.visual.encode(tracks[choice.track].crops[: config.visual.max_frames])
+        return self.visual.encode(tracks[choice.track].crops[:: config.visual.every][: config.visual.max_frames])
 
 
 PRECOMPUTED = "precomputed"

@@ -6,7 +6,6 @@ time, so that the detector's jitter does not look like a change of expression.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from emoscale.config import ConfigError, EmoscaleError
+from emoscale.files import file_sha256
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -133,7 +133,7 @@ class HaarDetector:
 
     def __init__(self, *, max_side: int, min_size: float, min_score: float) -> None:
         path = Path(_cv2().data.haarcascades) / CASCADE
-        self.revision = _sha256(path)
+        self.revision = file_sha256(path)
         self._cascade = _cv2().CascadeClassifier(str(path))
         self._max_side, self._min_size = max_side, min_size
         self._neighbours = max(1, round(4 * min_score / (1 - min_score)))
@@ -161,7 +161,7 @@ class YuNetDetector:
         path = Path(model)
         if not path.is_file():
             raise ConfigError(f"faces.model: {model}: no such file; give YuNet's ONNX file, or use faces.detector=haar")
-        self.revision = _sha256(path)
+        self.revision = file_sha256(path)
         try:
             self._net = _cv2().FaceDetectorYN.create(str(path), "", (max_side, max_side), min_score, 0.3, 100)
         except _cv2().error as error:
@@ -334,7 +334,3 @@ def _checked(cv2: ModuleType) -> ModuleType:
     if not hasattr(cv2, "CascadeClassifier"):
         raise EmoscaleError(f"OpenCV {cv2.__version__} lacks the cascade: pip install 'opencv-python-headless<5'")
     return cv2
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

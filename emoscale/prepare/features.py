@@ -70,6 +70,8 @@ class VisualConfig:
     """Commit of a Hugging Face id; empty = its newest. What was loaded is written to the manifest."""
     side: int = 24
     """Side of the grey picture of `pixels`; features have side × side values."""
+    every: int = 1
+    """Every n-th face crop becomes a frame: speakers are told apart at `faces.fps`, expressions change more slowly."""
     max_frames: int = 36
     """An utterance's face frames beyond this number are left out."""
     batch: int = 64
@@ -79,7 +81,7 @@ class VisualConfig:
         """Refuse values out of range."""
         if not 4 <= self.side <= 64:
             raise ValueError(f"side: {self.side}, must be 4 to 64")
-        for key in ("max_frames", "batch"):
+        for key in ("every", "max_frames", "batch"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)}, must be at least 1")
 

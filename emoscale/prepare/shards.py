@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ import numpy as np
 
 from emoscale.batch import COLUMNS, Utterance
 from emoscale.config import DataError
+from emoscale.files import file_sha256
 from emoscale.prepare.parts import PARTS
 
 SCHEMA = 1
@@ -162,7 +162,8 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = json.loads(path.read_text())
     wrong = [problem for shard in manifest["shards"] if (problem := _shard_problem(folder, shard))]
     tokenizer = manifest.get("tokenizer")
-    if tokenizer and _sha256(folder / tokenizer["folder"] / "tokenizer.json") != tokenizer["sha256"]:
+    words = folder / tokenizer["folder"] / "tokenizer.json" if tokenizer else None
+    if words is not None and (not words.is_file() or file_sha256(words) != tokenizer["sha256"]):
         wrong.append(f"{tokenizer['folder']}/tokenizer.json is missing or changed")
     if wrong:
         raise DataError(
@@ -172,21 +173,15 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def _shard_problem(folder: Path, shard: dict[str, Any]) -> str:
-    found = _sha256(folder / shard["file"])
-    if found is None:
+    path = folder / shard["file"]
+    if not path.is_file():
         return f"{shard['file']} is missing"
+    found = file_sha256(path)
     return (
         ""
         if found == shard["sha256"]
         else f"{shard['file']} has the hash {found[:12]}…, the manifest says {shard['sha256'][:12]}…"
     )
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from emoscale.files import file_sha256
 from emoscale.prepare.shards import TOKENIZER
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -51,7 +51,7 @@ def build(texts: Iterable[str], config: TextConfig, folder: Path) -> dict[str, A
     BertTokenizerFast.from_pretrained(str(folder), do_lower_case=True).save_pretrained(str(folder))
     return {
         "folder": TOKENIZER,
-        "sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
+        "sha256": file_sha256(folder / "tokenizer.json"),
         "vocab_size": len(pieces),
         "config": settings(config),
     }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from emoscale.config import ConfigError, from_mapping
 from emoscale.data.collate import Encoder
 from emoscale.data.masking import MaskingPlan, MaskSpec
+from emoscale.data.tokens import class_words
 from emoscale.models.bert import MLM_HEAD, load_bert, read_bert
 from emoscale.models.config import ModelConfig
 from emoscale.models.task import Sizes, Task, TaskModel
@@ -17,6 +19,10 @@ from emoscale.models.unified import UnifiedTransformer
 from emoscale.objectives import OBJECTIVES
 
 log = logging.getLogger("emoscale")
+SPOKEN = "utterance_emotion"
+"""The objective that answers in words."""
+TAUGHT = ("visual_emotion", SPOKEN)
+"""Objectives that need an expression teacher."""
 
 
 @dataclass
@@ -30,25 +36,42 @@ class Built:
     """Keyword arguments of `UnifiedTransformer`."""
 
 
-def build(model: ModelConfig, objectives: dict[str, Any], encoder: Encoder, *, seed: int, per_step: bool) -> Built:
-    """Build backbone, objectives and plan; an objective whose data the corpus lacks is off, and the log says so."""
+def build(
+    model: ModelConfig, objectives: dict[str, Any], encoder: Encoder, *, seed: int, per_step: bool, modality_dropout: Mapping[str, float] | None = None, expressions: Sequence[str] = ()
+) -> Built:
+    """Build backbone, objectives and plan; an objective whose data the corpus lacks is off, and the log says so.
+
+    Args:
+        model, objectives: sections of the configuration.
+        encoder: of the corpus.
+        seed, per_step, modality_dropout: see `MaskingPlan`.
+        expressions: classes of the corpus' expression teacher.
+    """
     shape = backbone_shape(model, encoder)
     backbone = UnifiedTransformer(**shape)
-    sizes = Sizes(shape["width"], shape["vocabulary"], shape["visual_width"], shape["acoustic_width"], encoder.classes)
     configs = read_objectives(objectives)
-    if "visual_emotion" in configs and encoder.classes == 0:
-        log.warning("visual_emotion is off: the corpus has no expression teacher (prepare with teacher.stills, or name an encoder that classifies)")
-        del configs["visual_emotion"]
+    for name in [name for name in TAUGHT if name in configs and encoder.classes == 0]:
+        log.warning("%s is off: the corpus has no expression teacher (prepare with teacher.stills, or name an encoder that classifies)", name)
+        del configs[name]
     if not configs:
         raise ConfigError("objectives: none is left to train; give at least one a mix above 0")
+    words: list[int] = []
+    if SPOKEN in configs:
+        try:
+            words = class_words(list(expressions), configs[SPOKEN].verbalisers, encoder.text.tokenizer)
+        except ConfigError as error:
+            raise ConfigError(f"objectives.{SPOKEN}.{error}") from error
+    sizes = Sizes(shape["width"], shape["vocabulary"], shape["visual_width"], shape["acoustic_width"], encoder.classes, tuple(words))
     modules: dict[str, Task] = {name: OBJECTIVES[name](sizes) for name, config in configs.items()}
     if model.init:
         _start_from_bert(model.init, backbone, modules)
     specs = [
-        MaskSpec(name, OBJECTIVES[name].modality, config.mix, config.ratio, config.span, config.whole_word) for name, config in configs.items()
+        MaskSpec(name, OBJECTIVES[name].modality, config.mix, config.ratio, config.span, config.whole_word, getattr(config, "template", ""))
+        for name, config in configs.items()
     ]
+    plan = MaskingPlan(specs, seed, per_step=per_step, modality_dropout=modality_dropout)
     weights = {name: config.weight for name, config in configs.items()}
-    return Built(TaskModel(backbone, modules, weights), MaskingPlan(specs, seed, per_step=per_step), encoder, shape)
+    return Built(TaskModel(backbone, modules, weights), plan, encoder, shape)
 
 
 def backbone_shape(model: ModelConfig, encoder: Encoder) -> dict[str, Any]:
@@ -83,7 +106,9 @@ def read_objectives(objectives: dict[str, Any]) -> dict[str, Any]:
 def _start_from_bert(source: str, backbone: UnifiedTransformer, objectives: dict[str, Task]) -> None:
     weights = read_bert(source, backbone.heads)
     left = load_bert(backbone, weights)
-    if "masked_text" in objectives and all(name in weights for name in MLM_HEAD):
-        objectives["masked_text"].load_state_dict({f"head.{ours}": weights[theirs] for theirs, ours in MLM_HEAD.items()})
+    speaking = [objectives[name] for name in ("masked_text", SPOKEN) if name in objectives]
+    if speaking and all(name in weights for name in MLM_HEAD):
+        for objective in speaking:
+            objective.get_submodule("head").load_state_dict({ours: weights[theirs] for theirs, ours in MLM_HEAD.items()})
         left = [name for name in left if not name.startswith("cls.predictions")]
     log.info("model.init: %s loaded%s", source, f"; without a place here: {', '.join(left)}" if left else "")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from emoscale import distributed
 from emoscale.config import DataError
-from emoscale.data.streams import file_sha256
+from emoscale.files import file_sha256, replace_text
 
 log = logging.getLogger("emoscale")
 PREFIX = "step_"
@@ -149,13 +149,3 @@ def restore_random_state(folder: Path, world: distributed.World, saved_world: in
 def _random_state() -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves either the old one or the new one, whole."""
-    aside = path.with_name(f".{path.name}.writing")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

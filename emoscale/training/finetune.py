@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +17,17 @@ from emoscale import distributed
 from emoscale.config import ConfigError, DataError, EmoscaleError, from_mapping, to_dict, to_yaml
 from emoscale.data.labelled import LabelledSet, check_modalities, labelled_set, read_labels
 from emoscale.data.streams import Corpus
-from emoscale.data.tokens import load_tokenizer
+from emoscale.data.tokens import class_words, load_tokenizer
 from emoscale.evaluation.protocols import Fold, Protocol, label_fraction, make_folds, speaker_folds
+from emoscale.files import file_sha256
 from emoscale.heads import HEADS
 from emoscale.models.config import ModelConfig
+from emoscale.template import check_template
 from emoscale.training.engine import OptimConfig
 from emoscale.training.environment import environment, open_log
-from emoscale.training.finetune_report import Outcome, summarise
-from emoscale.training.finetune_run import Arm, Recipe, first_loss_is_finite, folder_name, run_arm, start_of
+from emoscale.training.finetune_outcomes import Outcome, Outcomes, fingerprint, folder_name
+from emoscale.training.finetune_report import summarise
+from emoscale.training.finetune_run import Arm, Recipe, first_loss_is_finite, run_arm, start_of
 
 log = logging.getLogger("emoscale")
 
@@ -64,8 +66,8 @@ class FinetuneConfig(ArmConfig):
     """Classes scored, in this order; empty = all that occur, sorted."""
     verbalisers: dict[str, str] = field(default_factory=dict)
     """Class → the word that stands for it in a prompt; a class that is missing here stands for itself."""
-    template: str = "I am [MASK] ."
-    """Prompt behind the text."""
+    template: str = "{text} I am [MASK] ."
+    """Prompt around the text (the paper's by default)."""
     only: str = ""
     """Use utterances whose id begins with this alone."""
     output: str = MISSING
@@ -125,8 +127,7 @@ class FinetuneConfig(ArmConfig):
                 raise ValueError(f"{name}: {getattr(self, name)} is not ≥ 1")
         if self.protocol == "speaker_folds" and self.folds < 3:
             raise ValueError(f"folds: {self.folds} is not ≥ 3; training, validation and test need a part each")
-        if self.template.count("[MASK]") != 1:
-            raise ValueError(f"template: {self.template!r} holds [MASK] {self.template.count('[MASK]')} times, once is needed")
+        check_template(self.template)
         for name in ("seeds", "classes"):
             values = getattr(self, name)
             if len(set(values)) < len(values) or (name == "seeds" and not values):
@@ -135,6 +136,9 @@ class FinetuneConfig(ArmConfig):
 
 def finetune(config: FinetuneConfig) -> Path:
     """Run every arm, seed and fold; write results.json, report.html and models; give the folder.
+
+    Each run leaves its outcome in `outcomes/` when it ends; what is found there, made from the same configuration, corpus, labels
+    and checkpoint, is not run again: a stopped fine-tuning goes on, and one that was spread over jobs is gathered.
 
     Raises:
         ConfigError: an arm, checkpoint or class word cannot be used.
@@ -145,7 +149,6 @@ def finetune(config: FinetuneConfig) -> Path:
     folder = Path(config.output)
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder / "models", ignore_errors=True)
         (folder / "config.yaml").write_text(to_yaml(config))
         (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1))
         (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
@@ -156,16 +159,42 @@ def finetune(config: FinetuneConfig) -> Path:
     recipe = _recipe(config)
     if config.selection == "paper":
         log.warning("selection=paper: steps are chosen on the test split, as published; every figure is an upper bound")
+    kept = Outcomes(folder / "outcomes")
     outcomes: list[Outcome] = []
     for (name, arm), seed, fold in itertools.product(arms.items(), config.seeds, folds):
         train = label_fraction(fold.train, data.labels, config.fraction, seed)
-        outcome = run_arm(name, arm, recipe, data, fold, train, seed, world)
-        log.info("%s seed %d fold %s: validation UAR %.3f, test UAR %.3f at step %d", name, seed, fold.name, outcome.validation, outcome.test, outcome.step)
+        made_from = _made_from(config, arm, seed) | {"seed": seed, "fold": fold.name}
+        outcome = kept.find(name, seed, fold.name, made_from)
+        known = "known: " if outcome is not None else ""
+        if outcome is None:
+            outcome = run_arm(name, arm, recipe, data, fold, train, seed, world, fingerprint(_made_from(config, arm, None)))
+            if world.is_main:
+                kept.keep(outcome, made_from)
+        log.info(
+            "%s%s seed %d fold %s: validation UAR %.3f, test UAR %.3f at step %d", known, name, seed, fold.name, outcome.validation, outcome.test,
+            outcome.step,
+        )
         outcomes.append(outcome)
     if world.is_main:
         summarise(folder, outcomes, data, config)
     distributed.barrier()
     return folder
+
+
+_ELSEWHERE = {"output", "arms", "init", "head", "mode", "modalities", "seeds", "run_folds", "compare", "curves", "oracle", "threads"}
+"""Keys that an outcome does not depend on, or that its arm, seed and fold say better."""
+
+
+def _made_from(config: FinetuneConfig, arm: Arm, seed: int | None) -> dict[str, Any]:
+    """List what the outcomes of an arm depend on; `seed` None leaves the checkpoints out, which differ between seeds."""
+    given = {key: value for key, value in to_dict(config).items() if key not in _ELSEWHERE}
+    files = [Path(config.corpus) / "manifest.json", *([Path(config.labels)] if config.labels else [])]
+    source = arm.inits[seed] if seed is not None else None
+    files += [source / "manifest.json"] if source is not None else []
+    return given | {
+        "arm": [arm.head.target, vars(arm.options), arm.mode, arm.modalities, arm.words, any(arm.inits.values())],
+        "files": [file_sha256(file) for file in files],
+    }
 
 
 def check(config: FinetuneConfig) -> None:
@@ -230,26 +259,9 @@ def _arm(config: FinetuneConfig, arm: ArmConfig, data: LabelledSet) -> Arm:
     prompted = head.target == "prompt"
     return Arm(
         inits, head, from_mapping(head.Config, options, "head"), arm.mode, config.lora_rank, list(arm.modalities),
-        _class_words(config, data.classes, tokenizer) if prompted else [-1] * len(data.classes), config.template if prompted else "",
+        class_words(data.classes, config.verbalisers, tokenizer) if prompted else [-1] * len(data.classes), config.template if prompted else "",
         config.model, tokenizer,
     )
-
-
-def _class_words(config: FinetuneConfig, classes: list[str], tokenizer: Any) -> list[int]:
-    """Give the word piece that stands for each class."""
-    strange = sorted(config.verbalisers.keys() - set(classes))
-    if strange:
-        raise ConfigError(f"verbalisers: {', '.join(strange)} is no class; there are {', '.join(classes)}")
-    words: dict[int, str] = {}
-    for name in classes:
-        word = config.verbalisers.get(name, name)
-        piece = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word))
-        if len(piece) != 1 or piece[0] == tokenizer.unk_token_id:
-            raise ConfigError(f"verbalisers.{name}: {word!r} is {len(piece)} word pieces in this tokenizer, one known piece is needed; name another word")
-        if piece[0] in words:
-            raise ConfigError(f"verbalisers.{name}: {word!r} stands for {words[piece[0]]} already; name another word")
-        words[piece[0]] = name
-    return list(words)
 
 
 def _folds(config: FinetuneConfig, data: LabelledSet) -> list[Fold]:

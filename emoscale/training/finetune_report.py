@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,29 +22,12 @@ from emoscale.evaluation.report import (
     speakers_section,
     write_report,
 )
+from emoscale.training.finetune_outcomes import Outcome
 
 if TYPE_CHECKING:
     from emoscale.training.finetune import FinetuneConfig
 
 ORACLE = "oracle (Bayes-optimal on the true cues)"
-
-
-@dataclass
-class Outcome:
-    """One arm on one fold with one seed."""
-
-    arm: str
-    seed: int
-    fold: str
-    step: int
-    """Step that was chosen."""
-    validation: float
-    """Its UAR on the validation split."""
-    test: float
-    predictions: Predictions
-    probabilities: np.ndarray
-    labelled: int
-    """Training labels used."""
 
 
 def summarise(folder: Path, outcomes: list[Outcome], data: LabelledSet, config: FinetuneConfig) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,14 +32,14 @@ from emoscale.training import checkpoint
 from emoscale.training.build import backbone_shape
 from emoscale.training.engine import Engine, OptimConfig, ZeroConfig
 from emoscale.training.export import Exported, write_model
-from emoscale.training.finetune_report import Outcome
+from emoscale.training.finetune_outcomes import Outcome, folder_name
 from emoscale.training.loop import Hooks, train
 from emoscale.training.lora import add_lora, merged_state
 from emoscale.training.schedule import learning_rate
 
 log = logging.getLogger("emoscale")
-WORDS = "masked_text"
-"""Objective whose word head a prompt goes on with."""
+WORDS = ("utterance_emotion", "masked_text")
+"""Objectives whose word head a prompt goes on with: the first of them that the checkpoint has."""
 
 
 @dataclass
@@ -88,8 +87,10 @@ class _Best:
     state: dict[str, Tensor] | None = None
 
 
-def run_arm(name: str, arm: Arm, recipe: Recipe, data: LabelledSet, fold: Fold, train_rows: np.ndarray, seed: int, world: distributed.World) -> Outcome:
-    """Train and test one arm on one fold with one seed."""
+def run_arm(
+    name: str, arm: Arm, recipe: Recipe, data: LabelledSet, fold: Fold, train_rows: np.ndarray, seed: int, world: distributed.World, made_from: str
+) -> Outcome:
+    """Train and test one arm on one fold with one seed; `made_from` names the configuration that its models belong to."""
     encoder, shape = start_of(arm, recipe, data, seed)
     model = _build(arm, shape, data, train_rows, seed).to(distributed.device())
     engine = Engine(model, recipe.optim, ZeroConfig(0), "fp32")
@@ -97,13 +98,13 @@ def run_arm(name: str, arm: Arm, recipe: Recipe, data: LabelledSet, fold: Fold, 
     assert best.state is not None
     model.load_state_dict(best.state)
     answers = answer(model, arm.head.target, Part(data, fold.test), encoder, recipe.max_tokens)
-    validation = _uar(answer(model, arm.head.target, Part(data, fold.validation), encoder, recipe.max_tokens).argmax(-1), data.labels[fold.validation], len(data.classes))
+    validation = best.score if recipe.selection == "validation" else _look(model, arm, recipe, data, fold.validation, encoder)
     predictions = Predictions(
         data.labels[fold.test], answers.argmax(-1), [data.ids[i] for i in fold.test], [data.speakers[i] for i in fold.test], fold.name, seed
     )
     outcome = Outcome(name, seed, fold.name, best.step, validation, _uar(predictions.predicted, predictions.truth, len(data.classes)), predictions, answers, len(train_rows))
     if recipe.models is not None and world.is_main:
-        _save(recipe, outcome, arm, model, shape, data, arm.inits[seed])
+        _save(recipe, outcome, arm, model, shape, data, arm.inits[seed], made_from)
     engine.close()
     return outcome
 
@@ -124,7 +125,7 @@ def start_of(arm: Arm, recipe: Recipe, data: LabelledSet, seed: int) -> tuple[La
     if taken > shape["positions"]:
         raise ConfigError(f"max_text: texts and frames may take {taken} positions, the model has {shape['positions']}; lower max_text")
     if len(encoder.text("", arm.template).ids) > encoder.text.max_tokens + 1:
-        raise ConfigError(f"max_text: {encoder.text.max_tokens} leaves no room for a text before the template {arm.template!r}; raise it")
+        raise ConfigError(f"max_text: {encoder.text.max_tokens} leaves no room for a text in the template {arm.template!r}; raise it")
     return encoder, shape
 
 
@@ -136,11 +137,6 @@ def first_loss_is_finite(arm: Arm, recipe: Recipe, data: LabelledSet, rows: np.n
     loss, _ = model(pack(items), {arm.head.target: 1.0})
     loss.backward()
     return all(bool(value.isfinite().all()) for value in [loss, *(p.grad for p in model.parameters() if p.grad is not None)])
-
-
-def folder_name(arm: str) -> str:
-    """Give the folder that an arm's models lie in."""
-    return re.sub(r"[^\w.-]+", "_", arm).lstrip(".") or "_"
 
 
 def _build(arm: Arm, shape: dict[str, Any], data: LabelledSet, rows: np.ndarray, seed: int) -> TaskModel:
@@ -188,6 +184,12 @@ def answer(model: TaskModel, target: str, part: Part, encoder: LabelEncoder, max
     return np.stack([found[part[i].id] for i in range(len(part))])
 
 
+def _look(model: TaskModel, arm: Arm, recipe: Recipe, data: LabelledSet, rows: np.ndarray, encoder: LabelEncoder) -> float:
+    """Give the UAR on some rows."""
+    answers = answer(model, arm.head.target, Part(data, rows), encoder, recipe.max_tokens)
+    return _uar(answers.argmax(-1), data.labels[rows], len(data.classes))
+
+
 def _train(
     engine: Engine, model: TaskModel, arm: Arm, recipe: Recipe, data: LabelledSet, fold: Fold, rows: np.ndarray, encoder: LabelEncoder, seed: int,
     world: distributed.World,
@@ -199,7 +201,7 @@ def _train(
     def look(step: int) -> None:
         if step % recipe.eval_every and step != recipe.steps:
             return  # the loop saves once more where it stops early
-        score = _uar(answer(model, target, Part(data, chosen_on), encoder, recipe.max_tokens).argmax(-1), data.labels[chosen_on], len(data.classes))
+        score = _look(model, arm, recipe, data, chosen_on, encoder)
         best.stale += 1
         if score > best.score:
             best.score, best.step, best.stale = score, step, 0
@@ -242,8 +244,8 @@ def _saved_shape(source: Path, wanted: dict[str, Any], arm: Arm) -> dict[str, An
             raise DataError(f"{source}: {key} is {shape[key]} in the checkpoint, {wanted[key]} here; nothing was loaded")
     if load_tokenizer(str(source / "assets" / "tokenizer"), None).get_vocab() != arm.tokenizer.get_vocab():
         raise DataError(f"{source}: its tokenizer numbers other words than the one given here; nothing was loaded; leave tokenizer empty")
-    if arm.head.target == "prompt" and WORDS not in described["objectives"]:
-        raise ConfigError(f"head.name: prompt needs the words that {WORDS} learned, {source} has {', '.join(described['objectives'])}; take classify")
+    if arm.head.target == "prompt" and not set(WORDS) & set(described["objectives"]):
+        raise ConfigError(f"head.name: prompt needs the words that {' or '.join(WORDS)} learned, {source} has {', '.join(described['objectives'])}; take classify")
     return shape | {"dropout": wanted["dropout"], "activation_checkpointing": wanted["activation_checkpointing"]}
 
 
@@ -251,7 +253,8 @@ def _load(model: TaskModel, weights: dict[str, Tensor]) -> None:
     model.backbone.load_state_dict(_below("backbone.", weights))
     for head in model.tasks.values():
         if isinstance(head, Prompt):
-            head.head.load_state_dict(_below(f"tasks.{WORDS}.head.", weights))
+            learned = [words for name in WORDS if (words := _below(f"tasks.{name}.head.", weights))]
+            head.head.load_state_dict(learned[0])
 
 
 def _load_bert(model: TaskModel, name: str) -> None:
@@ -273,13 +276,16 @@ def _uar(predicted: Any, truth: Any, classes: int) -> float:
 
 
 def _save(
-    recipe: Recipe, outcome: Outcome, arm: Arm, model: TaskModel, shape: dict[str, Any], data: LabelledSet, source: Path | None
+    recipe: Recipe, outcome: Outcome, arm: Arm, model: TaskModel, shape: dict[str, Any], data: LabelledSet, source: Path | None,
+    made_from: str,
 ) -> None:
     assert recipe.models is not None
     name = f"{outcome.arm}-seed{outcome.seed}-{outcome.fold}" if recipe.keep_all else outcome.arm
     folder = recipe.models / folder_name(name)
-    if not recipe.keep_all and (folder / "score.json").is_file() and json.loads((folder / "score.json").read_text())["validation_uar"] >= outcome.validation:
-        return
+    if not recipe.keep_all and (folder / "score.json").is_file():
+        known = json.loads((folder / "score.json").read_text())
+        if known.get("made_from") == made_from and known["validation_uar"] >= outcome.validation:
+            return
     exported = Exported(
         shape=shape,
         head={"name": arm.head.target, "options": vars(arm.options)},
@@ -290,7 +296,7 @@ def _save(
         max_text=recipe.max_text,
         score={
             "validation_uar": outcome.validation, "test_uar": outcome.test, "fold": outcome.fold, "seed": outcome.seed, "step": outcome.step,
-            "selection": recipe.selection,
+            "selection": recipe.selection, "made_from": made_from,
         },
     )
     state = merged_state(model) if arm.mode == "lora" else model.state_dict()

@@ -24,8 +24,8 @@ from emoscale.data.streams import Selected, Utterances
 from emoscale.data.tokens import load_tokenizer
 from emoscale.models.task import TaskModel, encode
 from emoscale.training import checkpoint
-from emoscale.training.build import Built, build
-from emoscale.training.run import RunConfig, make_encoder, open_corpus, read_held_out
+from emoscale.training.build import TAUGHT, Built, build
+from emoscale.training.run import RunConfig, expressions_of, make_encoder, open_corpus, read_held_out
 
 RESAMPLES = 2000
 
@@ -60,7 +60,7 @@ def evaluate_objectives(run: Path, *, draws: int = 20, seed: int = 0) -> dict[st
     whole = train.source if isinstance(train, Selected) else train
     held = _only_held_out(whole, read_held_out(config.data.held_out))
     tokenizer = load_tokenizer(str(found / "assets" / "tokenizer"), None)
-    built = build(config.model, config.objectives, make_encoder(config.data, train, tokenizer), seed=seed, per_step=False)
+    built = build(config.model, config.objectives, make_encoder(config.data, train, tokenizer), seed=seed, per_step=False, expressions=expressions_of(train))
     built.model.load_state_dict(checkpoint.load(found).weights)
     built.model.eval()
     constants = _baselines(built, train)
@@ -130,7 +130,7 @@ def _constant_loss(name: str, batch: Batch, constants: Baselines) -> float:
     values = batch.targets[name].values
     if name == "masked_text":
         return float(-constants.words[values].sum())
-    if name == "visual_emotion":
+    if name in TAUGHT:
         truth = batch.visual_emotion[values]
         truth = truth / truth.sum(-1, keepdim=True)
         return float((torch.xlogy(truth, truth) - truth * constants.emotion.clamp(min=1e-9).log()).sum())

@@ -13,12 +13,14 @@ import torch
 from omegaconf import MISSING
 
 from emoscale import distributed
+from emoscale.batch import MODALITIES
 from emoscale.config import ConfigError, DataError, EmoscaleError, differences, to_dict, to_yaml
 from emoscale.data.collate import Encoder
 from emoscale.data.loader import StepData, Steps
 from emoscale.data.streams import Corpus, Joined, Order, Selected, Shuffled, Utterances
 from emoscale.data.synthetic import Synthetic
 from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
+from emoscale.files import replace_text
 from emoscale.models.config import ModelConfig
 from emoscale.training import checkpoint
 from emoscale.training.assets import write_assets
@@ -60,6 +62,8 @@ class DataConfig:
     """Processes per rank that read ahead; 0 = read in the training process."""
     task_mix: Literal["per_utterance", "per_step"] = "per_utterance"
     """Whether each utterance or each step draws its objective (`per_step` is MEmoBERT's code)."""
+    modality_dropout: dict[str, float] = field(default_factory=dict)
+    """Modality → probability that an objective of another modality is shown without it; empty is MEmoBERT's."""
     shuffle_modalities: bool = False
     """Control: text, face and voice come from three different utterances, always the same three."""
 
@@ -70,6 +74,15 @@ class DataConfig:
                 f"global_batch: global_batch={self.global_batch} (≥ 1), max_tokens={self.max_tokens} (≥ 256), "
                 f"max_text={self.max_text} (≥ 1), workers={self.workers} (≥ 0)"
             )
+        check_dropout(self.modality_dropout)
+
+
+def check_dropout(given: dict[str, float]) -> None:
+    """Raise ValueError for an unknown modality, or for probabilities of which two add up to more than 1."""
+    strange = sorted(given.keys() - set(MODALITIES))
+    two = sorted(given.values())[-2:]
+    if strange or min(given.values(), default=0.0) < 0 or sum(two) > 1:
+        raise ValueError(f"modality_dropout: {given} must give {', '.join(MODALITIES)} probabilities, of which no two add up to more than 1")
 
 
 @dataclass
@@ -166,10 +179,9 @@ def check(config: RunConfig) -> None:
     distributed.init()
     corpus = open_corpus(config.data, config.run.seed)
     built = _build(config, corpus, distributed.World())
-    emotion = corpus.manifest["visual_emotion"]
     synthetic = Synthetic(
         16, visual_width=corpus.manifest["visual"]["width"], acoustic_width=corpus.manifest["acoustic"]["width"],
-        expressions=len(emotion["classes"]) if emotion else 0,
+        expressions=len(expressions_of(corpus)),
     )
     steps = Steps(synthetic, Order(16, 0), built.encoder, built.plan, global_batch=8, max_tokens=config.data.max_tokens, rank=0, world=1)
     for batch in steps[0].batches:
@@ -207,14 +219,18 @@ def read_held_out(path: str) -> tuple[str, ...]:
     return lines
 
 
+def expressions_of(corpus: Utterances) -> list[str]:
+    """Give the classes of a corpus' expression teacher; none without a teacher."""
+    return list((corpus.manifest.get("visual_emotion") or {}).get("classes", []))
+
+
 def make_encoder(data: DataConfig, corpus: Utterances, tokenizer: Any) -> Encoder:
     """Give what turns stored utterances into packed ones for this corpus."""
-    emotion = corpus.manifest.get("visual_emotion")
     return Encoder(
         TextEncoder(tokenizer, data.max_text),
         Features.from_manifest(corpus.manifest["visual"], data.max_visual),
         Features.from_manifest(corpus.manifest["acoustic"], data.max_acoustic),
-        len(emotion["classes"]) if emotion else 0,
+        len(expressions_of(corpus)),
     )
 
 
@@ -225,7 +241,10 @@ def _build(config: RunConfig, corpus: Utterances, world: distributed.World) -> B
     tokenizer = load_tokenizer(config.data.tokenizer, Path(config.data.corpora[0]))
     encoder = make_encoder(config.data, corpus, tokenizer)
     _check_positions(config.model.positions, encoder)
-    built = build(config.model, config.objectives, encoder, seed=config.run.seed, per_step=config.data.task_mix == "per_step")
+    built = build(
+        config.model, config.objectives, encoder, seed=config.run.seed, per_step=config.data.task_mix == "per_step",
+        modality_dropout=config.data.modality_dropout, expressions=expressions_of(corpus),
+    )
     # Dropout differs between ranks; everything drawn before this line is the same on all.
     torch.manual_seed(config.run.seed + 1 + world.rank)
     if config.data.global_batch < world.size:
@@ -305,7 +324,7 @@ def _open_folder(folder: Path, config: RunConfig, world: distributed.World) -> P
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "done.json").unlink(missing_ok=True)
-        checkpoint.replace_text(told, json.dumps(mine, indent=1))
+        replace_text(told, json.dumps(mine, indent=1))
         (folder / "config.yaml").write_text(to_yaml(config))
         (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
         open_log(folder / "train.log")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from emoscale.config import ConfigError
-from emoscale.training.checkpoint import replace_text
+from emoscale.files import replace_text
 
 Backend = Literal["wandb", "tensorboard"]
 

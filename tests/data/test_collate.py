@@ -71,6 +71,46 @@ def test_only_one_modality_is_withheld_and_something_always(items: list[Encoded]
     assert served == set(MODALITY)
 
 
+def test_a_modality_that_is_left_out_is_as_if_it_never_was(items: list[Encoded], encoder: Encoder) -> None:
+    plan = MaskingPlan(SPECS, 1, modality_dropout=dict.fromkeys(("text", "visual", "acoustic"), 0.5))
+    sizes = [item.sizes for item in items]
+    tasks = plan.assign(sizes, 0)
+    batch = pack(items, plan=plan, encoder=encoder.text)
+    parts, plain = utterance_parts(batch), utterance_parts(pack(items, plan=MaskingPlan(SPECS, 1), encoder=encoder.text))
+    seen = set()
+    for item, task, modality in zip(items, tasks, plan.left_out(sizes, tasks), strict=True):
+        mine, whole = parts[item.sizes.id], plain[item.sizes.id]
+        for place, name in enumerate(("text", "visual", "acoustic")):
+            left = np.array([encoder.text.cls, encoder.text.sep]).tobytes() if name == "text" else b""
+            assert mine[place] == (left if name == modality else whole[place])
+        assert task is not None
+        assert [bool(rows) for rows, _ in mine[5].values()] == [name == task.name for name in batch.targets]
+        assert len(mine[5][task.name][0]) == len(whole[5][task.name][0]), "what is withheld stays the same"
+        seen.add(modality)
+    assert seen >= {"text", "visual", "acoustic"}
+
+
+def test_a_template_is_asked_once_at_its_blank_and_at_the_first_token(items: list[Encoded], encoder: Encoder) -> None:
+    spec = MaskSpec("asked", "visual", ratio=1.0, template="{text} we [MASK] now")
+    batch = pack(items, plan=MaskingPlan([spec], 5), encoder=encoder.text)
+    masks, firsts = batch.targets["asked"].rows.tensor_split(2)
+    frames, again = batch.targets["asked"].values.tensor_split(2)
+    assert torch.equal(frames, again)
+    seen = [item.sizes.id for item in items if item.sizes.visual]
+    starts = dict(zip(batch.ids, batch.cu_seqlens.tolist(), strict=False))
+    assert firsts.tolist() == [starts[name] for name in seen]
+    shown = torch.full((batch.tokens,), -1).index_copy(0, batch.text_rows, batch.text)
+    assert (shown[masks] == encoder.text.mask).all()
+    assert (shown[firsts] == encoder.text.cls).all()
+    assert batch.visual_masked.all(), "all of the face is withheld"
+    ends = dict(zip(batch.ids, batch.cu_seqlens[1:].tolist(), strict=True))
+    for name, row in zip(seen, batch.visual_rows[frames].tolist(), strict=True):
+        assert starts[name] <= row < ends[name], "the frame that is asked about is the utterance's own"
+    plain = pack(items, plan=MaskingPlan([MaskSpec("asked", "visual", ratio=1.0)], 5), encoder=encoder.text)
+    assert plain.text.numel() < batch.text.numel()
+    assert torch.equal(plain.visual, batch.visual)
+
+
 def test_targets_point_at_what_was_withheld(items: list[Encoded], encoder: Encoder) -> None:
     batch = pack(items, plan=MaskingPlan(SPECS, 2), encoder=encoder.text)
     text = batch.targets["masked_text"]

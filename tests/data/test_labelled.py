@@ -138,7 +138,7 @@ def encoder_of(tokenizer: Any, synthetic: Synthetic) -> Any:
     features = [Features.from_manifest(synthetic.manifest[name]) for name in ("visual", "acoustic")]
 
     def make(**options: Any) -> LabelEncoder:
-        given = {"labels": {}, "template": "i am [MASK] .", "modalities": MODALITIES} | options
+        given = {"labels": {}, "template": "{text} i am [MASK] .", "modalities": MODALITIES} | options
         return LabelEncoder(TextEncoder(tokenizer, 10), *features, **given)
 
     return make

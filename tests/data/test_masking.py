@@ -13,6 +13,7 @@ from emoscale.data.tokens import SPECIAL, TextEncoder, Tokens
 SPECS = [MaskSpec("masked_text", "text", 2.0), MaskSpec("masked_acoustic", "acoustic"), MaskSpec("masked_visual", "visual"), MaskSpec("visual_emotion", "visual")]
 WORD = SPECS[0]
 SIGMAS = 5.0
+HALF = dict.fromkeys(("text", "visual", "acoustic"), 0.5)
 
 
 def sizes(number: int, words: int = 9, visual: int = 20, acoustic: int = 30, turn: int = 0) -> Sizes:
@@ -68,6 +69,28 @@ def test_the_task_depends_on_seed_pass_and_name_alone() -> None:
     assert MaskingPlan(SPECS, 1).assign(items[5:6], 0) == base[5:6]
     assert MaskingPlan(SPECS, 2).assign(items, 0) != base
     assert MaskingPlan(SPECS, 1).assign([sizes(i, turn=1) for i in range(200)], 0) != base
+
+
+def test_modality_dropout_leaves_out_either_of_the_two_others() -> None:
+    draws = 8_000
+    plan = MaskingPlan(SPECS, 3, modality_dropout={"acoustic": 0.5, "text": 0.2, "visual": 0.3})
+    items = [sizes(i) for i in range(draws)]
+    tasks = plan.assign(items, 0)
+    gone = plan.left_out(items, tasks)
+    assert all(spec is not None and modality != spec.modality for spec, modality in zip(tasks, gone, strict=True))
+    on_faces = Counter(modality for spec, modality in zip(tasks, gone, strict=True) if spec is not None and spec.modality == "visual")
+    for modality, share in {"text": 0.2, "acoustic": 0.5, "": 0.3}.items():
+        assert within(on_faces[modality], sum(on_faces.values()), share), on_faces
+    assert plan.left_out(items[7:8], tasks[7:8]) == gone[7:8], "whoever else is in the batch"
+    assert MaskingPlan(SPECS, 3).left_out(items, tasks) == [""] * draws
+
+
+def test_modality_dropout_always_leaves_something_to_look_at() -> None:
+    plan = MaskingPlan(SPECS, 3, modality_dropout=HALF)
+    items = [sizes(i, words, visual, acoustic) for i, (words, visual, acoustic) in enumerate(itertools.product((0, 5), repeat=3))]
+    for item, spec, modality in zip(items, tasks := plan.assign(items, 0), plan.left_out(items, tasks), strict=True):
+        there = {name for name in ("text", "visual", "acoustic") if item.of(name) > 0} if spec else set()
+        assert (modality in there and len(there) == 3) if modality else len(there) < 3
 
 
 def test_per_step_gives_one_task_to_all_who_can_serve_it() -> None:

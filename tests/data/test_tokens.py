@@ -46,11 +46,29 @@ def test_special_tokens_in_a_text_are_words_like_any_other(tokenizer: Any) -> No
 
 def test_a_template_is_never_cut_nor_masked(tokenizer: Any) -> None:
     encoder = TextEncoder(tokenizer, 6)
-    found = encoder("the door is open", "i am [MASK] .")
+    found = encoder("the door is open", "{text} i am [MASK] .")
     assert pieces(encoder, found.ids) == ["[CLS]", "the", "door", "i", "am", "[MASK]", ".", "[SEP]"]
     assert found.words.tolist() == [SPECIAL, 0, 1, *[SPECIAL] * 5]
-    ended = TextEncoder(tokenizer, 30)("the door", "i am [MASK] .")
+    ended = TextEncoder(tokenizer, 30)("the door", "{text} i am [MASK] .")
     assert pieces(encoder, ended.ids) == ["[CLS]", "the", "door", ".", "i", "am", "[MASK]", ".", "[SEP]"]
+    led = TextEncoder(tokenizer, 6)("the door is open", "i am [MASK] {text}")
+    assert pieces(encoder, led.ids) == ["[CLS]", "i", "am", "[MASK]", "the", "door", "is", "[SEP]"], "no full stop where nothing follows"
+    assert led.words.tolist() == [*[SPECIAL] * 4, 0, 1, 2, SPECIAL]
+
+
+@pytest.mark.parametrize("template", ["{text} i am [MASK] .", "i am [MASK] {text}"])
+@pytest.mark.parametrize("text", ["", "the door", "the door is open .", "the door is open and the [MASK] is here"])
+def test_a_text_can_be_put_into_a_template_later(template: str, text: str, tokenizer: Any) -> None:
+    encoder = TextEncoder(tokenizer, 9)
+    later, given = encoder.prompted(encoder(text), template), encoder(text, template)
+    assert later.ids.tolist() == given.ids.tolist()
+    assert later.words.tolist() == given.words.tolist()
+
+
+def test_a_template_longer_than_the_limit_leaves_no_text(tokenizer: Any) -> None:
+    encoder = TextEncoder(tokenizer, 3)
+    assert pieces(encoder, encoder("the door", "i am [MASK] {text}").ids) == ["[CLS]", "i", "am", "[MASK]", "[SEP]"]
+    assert pieces(encoder, encoder("the door", "i am so [MASK] {text}").ids)[-1] == "[SEP]"
 
 
 def test_replacements_are_all_but_special_tokens(tokenizer: Any) -> None:

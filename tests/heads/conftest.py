@@ -44,7 +44,7 @@ def batch() -> Batch:
     features = [Features.from_manifest(source.manifest[name]) for name in ("visual", "acoustic")]
     labels = {source[i].id: i % CLASSES for i in range(9)}
     encoder = LabelEncoder(
-        TextEncoder(synthetic_tokenizer(), 12), *features, labels=labels, template="we [MASK] now", modalities=["text", "visual", "acoustic"]
+        TextEncoder(synthetic_tokenizer(), 12), *features, labels=labels, template="{text} we [MASK] now", modalities=["text", "visual", "acoustic"]
     )
     packed = pack([item for item in (encoder(source[i]) for i in range(9)) if item is not None])
     packed.visual, packed.acoustic = packed.visual.double(), packed.acoustic.double()

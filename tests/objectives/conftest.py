@@ -10,7 +10,7 @@ from emoscale.batch import Batch
 from emoscale.models.task import Sizes
 from emoscale.models.unified import UnifiedTransformer
 from emoscale.objectives import OBJECTIVES, Objective
-from tests.packing import ACOUSTIC, CLASSES, VISUAL, VOCABULARY, batch_of
+from tests.packing import ACOUSTIC, CLASSES, EXPRESSION_WORDS, VISUAL, VOCABULARY, batch_of
 
 WIDTH = 16
 UTTERANCES = [(5, 3, 7), (2, 0, 14), (9, 16, 0), (3, 4, 0), (12, 0, 0), (2, 12, 30), (4, 5, 6), (6, 14, 4)]
@@ -33,7 +33,7 @@ def backbone() -> UnifiedTransformer:
 @pytest.fixture
 def objective() -> Callable[[str], Objective]:
     """Build an objective by name."""
-    return lambda name: randomised(OBJECTIVES[name](Sizes(WIDTH, VOCABULARY, VISUAL, ACOUSTIC, CLASSES)))
+    return lambda name: randomised(OBJECTIVES[name](Sizes(WIDTH, VOCABULARY, VISUAL, ACOUSTIC, CLASSES, EXPRESSION_WORDS)))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from emoscale.models.task import Sizes, TaskModel
 from emoscale.models.unified import UnifiedTransformer
 from emoscale.objectives import OBJECTIVES, Objective
 from tests.objectives.conftest import WIDTH
-from tests.packing import ACOUSTIC, CLASSES, VISUAL, VOCABULARY
+from tests.packing import ACOUSTIC, CLASSES, EXPRESSION_WORDS, VISUAL, VOCABULARY
 
 
 def test_options_have_the_papers_defaults() -> None:
@@ -38,12 +38,13 @@ def test_options_out_of_range_are_named(values: dict[str, Any], said: str) -> No
 
 def test_the_table_says_what_each_withholds() -> None:
     withheld = {name: kind.modality for name, kind in OBJECTIVES.items()}
-    assert withheld == {"masked_text": "text", "masked_acoustic": "acoustic", "masked_visual": "visual", "visual_emotion": "visual"}
+    visual = dict.fromkeys(("masked_visual", "visual_emotion", "utterance_emotion"), "visual")
+    assert withheld == {"masked_text": "text", "masked_acoustic": "acoustic"} | visual
 
 
 def test_all_together_train_every_parameter(batch: Batch) -> None:
     backbone = UnifiedTransformer(vocabulary=VOCABULARY, visual_width=VISUAL, acoustic_width=ACOUSTIC, layers=1, width=WIDTH, heads=2, ffn=8, dropout=0.0)
-    tasks = {name: kind(Sizes(WIDTH, VOCABULARY, VISUAL, ACOUSTIC, CLASSES)) for name, kind in OBJECTIVES.items()}
+    tasks = {name: kind(Sizes(WIDTH, VOCABULARY, VISUAL, ACOUSTIC, CLASSES, EXPRESSION_WORDS)) for name, kind in OBJECTIVES.items()}
     model = TaskModel(backbone, tasks, dict.fromkeys(tasks, 1.0))
     loss, sums = model(batch, {name: 1 / batch.targets[name].count for name in tasks})
     assert set(OBJECTIVES) < set(sums)

@@ -63,5 +63,5 @@ def write_random_model(folder: Path, corpus: Path) -> Path:
         torch.nn.init.normal_(value, std=0.2)  # answers that differ from one utterance to the next
     score = {"validation_uar": 0.25, "test_uar": 0.25, "fold": "1", "seed": 0, "step": 0, "selection": "validation"}
     head = {"name": "prompt", "options": {"class_weights": False, "over": "vocabulary"}}
-    exported = Exported(shape=shape, head=head, classes=CLASSES, words=words, template="I am [MASK] .", score=score)
+    exported = Exported(shape=shape, head=head, classes=CLASSES, words=words, template="{text} I am [MASK] .", score=score)
     return write_model(folder, exported, task.state_dict(), tokenizer=tokenizer, corpus=corpus, assets=None)

@@ -97,3 +97,17 @@ def test_a_bert_checkpoint_starts_backbone_and_head(model: ModelConfig, tmp_path
     assert torch.equal(head["head.bias"], bert.cls.predictions.bias)
     assert torch.equal(head["head.transform.weight"], bert.cls.predictions.transform.dense.weight)
     assert "bert loaded" in caplog.text
+
+
+def test_what_answers_in_words_needs_a_word_for_every_expression(model: ModelConfig, tmp_path: Path):
+    given = {"utterance_emotion": {"verbalisers": {"c": "we"}}}
+    words = encoder(tmp_path)
+    built = build(model, given, words, seed=1, per_step=False, expressions=["happy", "sad", "c"])
+    task = built.model.tasks["utterance_emotion"]
+    assert words.text.tokenizer.convert_ids_to_tokens(task.words.tolist()) == ["happy", "sad", "we"]
+    assert built.plan.specs[0].template == "{text} I am [MASK] ."
+    assert built.plan.specs[0].ratio == 1.0
+    with pytest.raises(ConfigError, match=r"objectives\.utterance_emotion\.verbalisers\.c: 'c' is 1 word pieces .* one known piece"):
+        build(model, {"utterance_emotion": {}}, words, seed=1, per_step=False, expressions=["happy", "sad", "c"])
+    with pytest.raises(ConfigError, match=r"objectives\.utterance_emotion\.verbalisers: c is no class; there are happy, sad"):
+        build(model, given, words, seed=1, per_step=False, expressions=["happy", "sad"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,18 @@ import torch
 from safetensors.torch import load_file
 
 from emoscale.config import ConfigError, DataError, load
-from emoscale.training.finetune import FinetuneConfig, check, find_checkpoint
+from emoscale.training.finetune import FinetuneConfig, _made_from, _prepare, check, find_checkpoint
 from tests.tuned import CLASSES, Tuned, flip_last_byte, predictions, results
 
 
 def config(tuned: Tuned, *more: str, **given: str) -> FinetuneConfig:
     words = [f"{key}={value}" for key, value in given.items()]
     return load(FinetuneConfig, None, [*tuned.words(Path("nowhere"))[1:], *words, *more])
+
+
+def made_of(given: FinetuneConfig) -> dict[str, Any]:
+    (arm,) = _prepare(given)[0].values()
+    return _made_from(given, arm, 1)
 
 
 def rewritten(tuned: Tuned, path: Path, change: Any) -> Path:
@@ -41,8 +47,9 @@ def rewritten(tuned: Tuned, path: Path, change: Any) -> Path:
         ("seeds=[]", "seeds: .* is empty"),
         ("seeds=[1, 1]", r"seeds: \[1, 1\] is empty or names one twice"),
         ("classes=[a, a]", "classes: .* names one twice"),
-        ("template=I am sad", r"template: 'I am sad' holds \[MASK\] 0 times"),
-        ("template='[MASK] or [MASK]'", r"template: .* 2 times"),
+        ("template='{text} I am sad'", r"template: '{text} I am sad' holds \[MASK\] 0 times"),
+        ("template='{text} [MASK] or [MASK]'", r"template: .* 2 times"),
+        ("template='I am [MASK]'", r"template: .* \{text\} 0 times"),
         ("steps=0", "steps: 0 is not ≥ 1"),
         ("head={name: clasify}", "'clasify' is unknown"),
         ("head={name: classify, poling: cls}", "poling"),
@@ -154,6 +161,29 @@ def test_two_runs_give_the_same_answers_to_the_last_bit(tuned: Tuned) -> None:
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_second_start_runs_what_is_missing_and_reports_all(tuned: Tuned) -> None:
+    told = (tuned.again / "train.log").read_text()
+    assert re.findall(r"known: (\w+) seed", told) == ["direct", "finetune"]
+    assert len(re.findall(r"prompt seed", told)) == 1
+    first, second = results(tuned.main), results(tuned.again)
+    for arm in ("direct", "finetune", "prompt"):
+        assert second["arms"][arm] == first["arms"][arm]
+
+
+@pytest.mark.parametrize("change", ["optim.lr=1e-4", "fraction=0.5", "model.dropout=0.2", "mode=frozen", "labels", "init"])
+def test_an_outcome_made_from_something_else_is_not_taken(change: str, tuned: Tuned, tmp_path: Path) -> None:
+    words = [change]
+    if change == "labels":
+        words = [f"labels={rewritten(tuned, tmp_path / 'labels.csv', lambda row: [row | {'speaker': row['speaker'] + 'x'}])}"]
+    elif change == "init":
+        shutil.copytree(tuned.checkpoint, tmp_path / "other")
+        (tmp_path / "other" / "manifest.json").write_text('{"files": {}}')
+        words = [f"init={tmp_path / 'other'}"]
+    given, other = config(tuned), config(tuned, *words)
+    assert made_of(given) == made_of(config(tuned, "threads=2", "seeds=[1, 2]"))
+    assert made_of(given) != made_of(other)
+
+
 def test_something_was_learned(tuned: Tuned) -> None:
     """Otherwise the tests of selection would compare constants."""
     found = results(tuned.main)["arms"]
@@ -185,6 +215,6 @@ def test_a_choice_on_test_is_flagged_in_every_output(tuned: Tuned) -> None:
 
 def test_the_run_folder_tells_all(tuned: Tuned) -> None:
     assert {path.name for path in tuned.main.iterdir()} == {
-        "config.yaml", "config.json", "environment.json", "train.log", "results.json", "predictions.csv", "report.html", "models",
+        "config.yaml", "config.json", "environment.json", "train.log", "results.json", "predictions.csv", "report.html", "models", "outcomes",
     }  # fmt: skip
     assert load(FinetuneConfig, tuned.main / "config.yaml", []).arms.keys() == {"direct", "finetune", "prompt", "frozen", "lora", "face"}

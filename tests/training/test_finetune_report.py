@@ -12,7 +12,8 @@ from emoscale.data.labelled import labelled_set, read_labels
 from emoscale.data.streams import Corpus
 from emoscale.evaluation.predictions import Predictions
 from emoscale.training.finetune import FinetuneConfig
-from emoscale.training.finetune_report import ORACLE, Outcome, summarise
+from emoscale.training.finetune_outcomes import Outcome
+from emoscale.training.finetune_report import ORACLE, summarise
 from tests.tuned import CLASSES, Tuned, predictions, results
 
 ARMS = ("direct", "finetune", "prompt", "frozen", "lora", "face")
