@@ -53,8 +53,8 @@ endif
 demo-report: $(VENV)/.installed
 	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo.yaml)
 	@for seed in 1 2 3; do \
-		$(EMOSCALE) pretrain $(DEMO) run.steps=1000 run.seed=$$seed run.output=$(QUICK)/report/pretrain-$$seed || exit 1; \
-		$(EMOSCALE) pretrain $(DEMO) run.steps=1000 run.seed=$$seed run.output=$(QUICK)/report/control-$$seed data.shuffle_modalities=true || exit 1; \
+		$(EMOSCALE) pretrain $(DEMO) run.seed=$$seed run.output=$(QUICK)/report/pretrain-$$seed || exit 1; \
+		$(EMOSCALE) pretrain $(DEMO) run.seed=$$seed run.output=$(QUICK)/report/control-$$seed data.shuffle_modalities=true || exit 1; \
 	done
 	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/demo-report.yaml)
 	@echo "report: $(QUICK)/report/report.html"

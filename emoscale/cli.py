@@ -135,10 +135,22 @@ def predict(
 ) -> None:
     """Say the emotion of every utterance of a film, with the preprocessing the model was trained with."""
     import emoscale
+    from emoscale.config import DataError
 
-    loaded = emoscale.load(model)
-    rows = [row | {"media": str(path)} for path in media for row in loaded.predict(path)]
-    _show(rows, json, "\n".join("  ".join(_short(value) for value in row.values()) for row in rows))
+    loaded, rows, failed = emoscale.load(model), [], []
+    for path in media:
+        try:
+            rows += [row | {"media": str(path)} for row in loaded.predict(path)]
+        except DataError as error:  # the other films are judged all the same
+            if len(media) == 1:
+                raise
+            failed.append(str(error))
+            _say(f"emoscale: {error}", aside=True)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([_short(row.get(name, "")) for name in names] for row in rows)]
+    _show(rows, json, "\n".join("\t".join(line) for line in lines))
+    if failed:
+        raise DataError(f"{len(failed)} of {len(media)} films could not be judged")
 
 
 @app.command(epilog="Example: `emoscale export runs/memobert-demo/checkpoints/step_00000200 models/memobert-demo`")

@@ -97,7 +97,7 @@ def init() -> World:
     os.environ.update({name: str(value) for name, value in values.items()})
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())  # a launcher may show each rank its own GPU alone
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():

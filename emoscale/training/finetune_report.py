@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +56,14 @@ def summarise(folder: Path, outcomes: list[Outcome], data: LabelledSet, config: 
     _write_predictions(folder / "predictions.csv", outcomes, data)
     command = f"emoscale finetune (configuration: {folder / 'config.yaml'})"
     source = str(folder / "results.json")
-    sections: list[Section] = [scores_section(scores, command=command, source=source, differences=differences or None, warning=warning)]
+    told = protocol_note(config, outcomes)
+    scored = scores_section(scores, command=command, source=source, differences=differences or None, warning=warning)
+    sections: list[Section] = [replace(scored, notes=(told, *scored.notes))]
     sections += [confusion_section(scores, command=command, source=source)]
     sections += [speakers_section(runs, command=command, source=str(folder / "predictions.csv"))]
-    sections += [examples_section(_examples(outcomes, data), command=command, source=str(folder / "predictions.csv"))]
+    last = outcomes[-1]
+    title = f"Examples: {last.arm}, seed {last.seed}, fold {last.fold}"
+    sections += [examples_section(_examples(last, data), command=command, source=str(folder / "predictions.csv"), title=title)]
     if config.curves:
         sections.append(curves_section({name: Path(path) for name, path in config.curves.items()}, command="emoscale pretrain"))
     sections.append(corpus_section(Path(config.corpus), command="emoscale prepare"))
@@ -87,8 +92,16 @@ def _write_predictions(path: Path, outcomes: list[Outcome], data: LabelledSet) -
                 writer.writerow([o.arm, o.seed, o.fold, name, p.speakers[i], truth, predicted, *(f"{value:.4f}" for value in o.probabilities[i])])
 
 
-def _examples(outcomes: list[Outcome], data: LabelledSet, count: int = 24) -> list[Example]:
-    last = outcomes[-1]
+def protocol_note(config: FinetuneConfig, outcomes: list[Outcome]) -> str:
+    """Say in one line how these figures came about."""
+    used = sorted({outcome.labelled for outcome in outcomes})
+    labels = f"{used[0]}" if len(used) == 1 else f"{used[0]} to {used[-1]}"
+    seeds, folds = len({outcome.seed for outcome in outcomes}), len({outcome.fold for outcome in outcomes})
+    few = f", {config.fraction:.0%} of the training split" if config.fraction < 1 else ""
+    return f"{config.protocol}: {folds} fold(s) × {seeds} seed(s), {labels} labelled utterances each{few}."
+
+
+def _examples(last: Outcome, data: LabelledSet, count: int = 24) -> list[Example]:
     texts = {item.id: item.text for item in data.utterances}
     truth = np.asarray(last.predictions.truth)
     return [

@@ -84,7 +84,7 @@ def train(
             hooks.track(row)
         if in_a_row >= max_nonfinite:
             raise EmoscaleError(
-                f"gradients were not finite for {in_a_row} steps in a row (run.max_nonfinite={max_nonfinite}); the utterances are in "
+                f"gradients were not finite for {in_a_row} steps in a row, which is the limit; the utterances are in "
                 "train.log; lower optim.lr, or look at these utterances"
             )
         asked = time.perf_counter()

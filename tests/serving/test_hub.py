@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel
 
 import emoscale
 from emoscale.batch import Batch, Utterance
+from emoscale.cli import main
 from emoscale.config import ConfigError, DataError
 from emoscale.data.collate import pack
 from emoscale.data.streams import Corpus
@@ -244,6 +245,20 @@ def test_two_films_of_one_name_are_two_films(filmed: Filmed) -> None:
     assert first[0]["id"] == second[0]["id"]
     assert second == load(filmed.model).predict(other)
     assert second != first
+
+
+def test_one_bad_film_does_not_lose_the_others(filmed: Filmed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.mp4"
+    monkeypatch.setattr("sys.argv", ["emoscale", "predict", str(bad), str(filmed.film), "--model", str(filmed.model)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    out, err = capsys.readouterr()
+    assert left.value.code == 1
+    assert err.splitlines() == [f"emoscale: {bad}: no such file", "emoscale: 1 of 2 films could not be judged"]
+    names, *rows = [line.split("\t") for line in out.splitlines()]
+    assert names[:5] == ["id", "start_s", "end_s", "text", "emotion"]
+    assert len(rows) >= 10
+    assert all(len(row) == len(names) for row in rows)
 
 
 def test_embeddings_are_unit_vectors_one_per_film(filmed: Filmed) -> None:

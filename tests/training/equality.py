@@ -24,7 +24,7 @@ from emoscale.models.config import ModelConfig
 from emoscale.training.build import Built, build
 from emoscale.training.engine import Engine, OptimConfig, ZeroConfig
 from emoscale.training.loop import Hooks, train
-from emoscale.training.run import DataConfig, make_encoder
+from emoscale.training.run import DataConfig, expressions_of, make_encoder
 from tests.corpora import write_tokenizer
 
 SEED, UTTERANCES, GLOBAL_BATCH = 7, 48, 16
@@ -38,7 +38,9 @@ RECIPES = {
     "adamw": (OptimConfig(name="adamw", lr=1e-3), 3),
 }
 """Optimizer and steps of each comparison."""
-OBJECTIVES = {"masked_text": {"mix": 2.0}, "masked_acoustic": {}, "masked_visual": {}, "visual_emotion": {}}
+SPOKEN = {"verbalisers": {"class 0": "home", "class 1": "red", "class 2": "open"}}
+OBJECTIVES = {"masked_text": {"mix": 2.0}, "masked_acoustic": {}, "masked_visual": {}, "visual_emotion": {}, "utterance_emotion": SPOKEN}
+DROPOUT = {"text": 0.2, "visual": 0.2, "acoustic": 0.3}
 
 
 class Lacking:
@@ -106,7 +108,8 @@ def built_for(corpus: Any, *, per_step: bool = False, **model: Any) -> Built:
     config = ModelConfig(size="tiny", **shape)
     config.validate()
     torch.manual_seed(SEED)
-    return build(config, OBJECTIVES, make_encoder(DataConfig(corpora=[]), corpus, tokenizer()), seed=SEED, per_step=per_step)
+    encoder = make_encoder(DataConfig(corpora=[]), corpus, tokenizer())
+    return build(config, OBJECTIVES, encoder, seed=SEED, per_step=per_step, modality_dropout=DROPOUT, expressions=expressions_of(corpus))
 
 
 def run(

@@ -77,6 +77,9 @@ def test_the_oracle_answers_the_rows_of_the_arms(tuned: Tuned, tmp_path_factory:
     wrong = (data.labels[rows] + 1) % 4
     asked = Predictions(data.labels[rows], wrong, [data.ids[i] for i in rows], [data.speakers[i] for i in rows], "1", 1)
     found = summarise(folder, [Outcome("bad", 1, "1", 4, 0.0, 0.0, asked, np.eye(4)[wrong], 10)], data, config)
+    told = (folder / "report.html").read_text()
+    assert "speaker_folds: 1 fold(s) × 1 seed(s), 10 labelled utterances each." in told
+    assert "Examples: bad, seed 1, fold 1" in told
     assert found["arms"]["bad"]["uar"] == 0.0
     assert found["arms"][ORACLE]["uar"] == 1.0
     assert found["arms"][ORACLE]["utterances"] == len(rows)
