@@ -32,7 +32,7 @@ endef
 
 timed = @start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(($$(date +%s) - start)) s"
 
-.PHONY: quickstart test test-ranks demo-report lint native clean
+.PHONY: quickstart test test-ranks test-slurm demo-report lint native clean
 .DELETE_ON_ERROR:
 
 ifeq ($(CORPUS),)
@@ -64,6 +64,9 @@ test: $(VENV)/.installed-dev
 
 test-ranks: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/training/test_engine.py tests/training/test_run.py $(PYTEST_ARGS)
+
+test-slurm: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow tests/slurm $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

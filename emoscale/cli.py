@@ -114,6 +114,8 @@ def finetune(words: Words = None, check: Check = False, json: Json = False) -> N
         return _valid(config, json)
     _announce(config.output, json)
     folder = stage.finetune(config)
+    if not config.gather:
+        return _say(f"outcomes: {folder / 'outcomes'}")
     return _show(_load_json(folder / "results.json"), json, f"results: {folder / 'results.json'}")
 
 

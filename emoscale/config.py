@@ -156,7 +156,8 @@ def _word(word: str) -> tuple[str, str, Any]:
     if not equals or not key or word.startswith("-"):
         raise ConfigError(f"{word}: overrides are `key=value` words, such as optim.lr=3e-4")
     try:
-        return "the command line", key, OmegaConf.from_dotlist([word])
+        # Nothing behind the sign is an empty text, as a shell means it; YAML would read null.
+        return "the command line", key, OmegaConf.from_dotlist([word if word[len(key) + 1 :].strip() else f'{key}=""'])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{word}: the value is not readable as YAML ({' '.join(str(error).split())}); put it in quotes") from error
 

@@ -70,6 +70,14 @@ def test_files_extend_one_another_from_their_own_folder(tmp_path: Path) -> None:
     assert load(Run, tmp_path / "top.yaml") == Run("a", Optim(0.2, "sgd"), 2)
 
 
+def test_a_word_without_a_value_is_an_empty_text() -> None:
+    from emoscale.training.run import RunConfig
+
+    assert load(RunConfig, None, ["data.only=a/", "data.corpora=[x]", "run.output=y", "data.only="]).data.only == ""
+    with pytest.raises(ConfigError, match=r"run\.steps: "):
+        load(RunConfig, None, ["data.corpora=[x]", "run.output=y", "run.steps="])
+
+
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("# nothing\n")
     assert load(Run, tmp_path / "run.yaml", ["output=a"]) == Run("a")

@@ -116,6 +116,8 @@ class FinetuneConfig(ArmConfig):
     """Name → pre-training run folder whose curves the report shows."""
     threads: int = 0
     """CPU threads; 0 = torch's choice."""
+    gather: bool = True
+    """Write the report; a job of an array leaves outcomes and models alone, and one that gathers comes last."""
 
     def validate(self) -> None:
         """Check the ranges."""
@@ -147,7 +149,7 @@ def finetune(config: FinetuneConfig) -> Path:
     arms, data, folds = _prepare(config)
     world = distributed.init()
     folder = Path(config.output)
-    if world.is_main:
+    if world.is_main and config.gather:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
         (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1))
@@ -175,13 +177,13 @@ def finetune(config: FinetuneConfig) -> Path:
             outcome.step,
         )
         outcomes.append(outcome)
-    if world.is_main:
+    if world.is_main and config.gather:
         summarise(folder, outcomes, data, config)
     distributed.barrier()
     return folder
 
 
-_ELSEWHERE = {"output", "arms", "init", "head", "mode", "modalities", "seeds", "run_folds", "compare", "curves", "oracle", "threads"}
+_ELSEWHERE = {"output", "arms", "init", "head", "mode", "modalities", "seeds", "run_folds", "compare", "curves", "oracle", "threads", "gather"}
 """Keys that an outcome does not depend on, or that its arm, seed and fold say better."""
 
 

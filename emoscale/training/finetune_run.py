@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from emoscale import distributed
@@ -281,11 +282,6 @@ def _save(
 ) -> None:
     assert recipe.models is not None
     name = f"{outcome.arm}-seed{outcome.seed}-{outcome.fold}" if recipe.keep_all else outcome.arm
-    folder = recipe.models / folder_name(name)
-    if not recipe.keep_all and (folder / "score.json").is_file():
-        known = json.loads((folder / "score.json").read_text())
-        if known.get("made_from") == made_from and known["validation_uar"] >= outcome.validation:
-            return
     exported = Exported(
         shape=shape,
         head={"name": arm.head.target, "options": vars(arm.options)},
@@ -300,4 +296,14 @@ def _save(
         },
     )
     state = merged_state(model) if arm.mode == "lora" else model.state_dict()
-    write_model(folder, exported, state, tokenizer=arm.tokenizer, corpus=recipe.corpus, assets=source / "assets" if source else None)
+    folder = recipe.models / folder_name(name)
+    recipe.models.mkdir(parents=True, exist_ok=True)
+    with FileLock(recipe.models / ".lock"):  # jobs of an array share the folder
+        if recipe.keep_all or not _stands(folder / "score.json", outcome.validation, made_from):
+            write_model(folder, exported, state, tokenizer=arm.tokenizer, corpus=recipe.corpus, assets=source / "assets" if source else None)
+
+
+def _stands(score: Path, validation: float, made_from: str) -> bool:
+    """Whether the model that lies there was made alike and did at least as well."""
+    known = json.loads(score.read_text()) if score.is_file() else {}
+    return known.get("made_from") == made_from and known["validation_uar"] >= validation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ from emoscale.training.signals import Preemption
 from emoscale.training.track import Backend, require, trackers
 
 log = logging.getLogger("emoscale")
+OUTCOME = "EMOSCALE_OUTCOME"
+"""Variable that names a file besides the run folder's done.json, for a launcher that does not know the run folder."""
 
 
 @dataclass
@@ -354,4 +357,5 @@ def _finish(folder: Path, world: distributed.World, result: Result) -> None:
     if world.is_main:
         log.info("stopped after step %d: %s", result.step, result.reason)
         ended = {"step": result.step, "finished": result.finished, "reason": result.reason, "time": time.time()}
-        (folder / "done.json").write_text(json.dumps(ended))
+        for path in [folder / "done.json", *([Path(told)] if (told := os.environ.get(OUTCOME)) else [])]:
+            replace_text(path, json.dumps(ended))

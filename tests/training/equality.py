@@ -39,7 +39,8 @@ RECIPES = {
 }
 """Optimizer and steps of each comparison."""
 SPOKEN = {"verbalisers": {"class 0": "home", "class 1": "red", "class 2": "open"}}
-OBJECTIVES = {"masked_text": {"mix": 2.0}, "masked_acoustic": {}, "masked_visual": {}, "visual_emotion": {}, "utterance_emotion": SPOKEN}
+PUBLISHED = {"masked_text": {"mix": 2.0}, "masked_acoustic": {}, "masked_visual": {}, "visual_emotion": {}}
+OBJECTIVES = PUBLISHED | {"utterance_emotion": SPOKEN}
 DROPOUT = {"text": 0.2, "visual": 0.2, "acoustic": 0.3}
 
 
@@ -102,21 +103,23 @@ def tokenizer() -> Any:
         return load_tokenizer(folder, None)
 
 
-def built_for(corpus: Any, *, per_step: bool = False, **model: Any) -> Built:
-    """Build the tiny model: the same weights in every process."""
+def built_for(corpus: Any, *, per_step: bool = False, published: bool = False, **model: Any) -> Built:
+    """Build the tiny model: the same weights in every process; `published` leaves MEmoBERT's own objectives alone."""
     shape = {"layers": 2, "width": 32, "heads": 2, "dropout": 0.0} | model
     config = ModelConfig(size="tiny", **shape)
     config.validate()
     torch.manual_seed(SEED)
     encoder = make_encoder(DataConfig(corpora=[]), corpus, tokenizer())
-    return build(config, OBJECTIVES, encoder, seed=SEED, per_step=per_step, modality_dropout=DROPOUT, expressions=expressions_of(corpus))
+    objectives, dropout = (PUBLISHED, {}) if published else (OBJECTIVES, DROPOUT)
+    return build(config, objectives, encoder, seed=SEED, per_step=per_step, modality_dropout=dropout, expressions=expressions_of(corpus))
 
 
 def run(
-    corpus: Any, optim: OptimConfig, steps: int, *, stage: int, max_tokens: int, precision: Any = "fp32", per_step: bool = False, **model: Any
+    corpus: Any, optim: OptimConfig, steps: int, *, stage: int, max_tokens: int, precision: Any = "fp32", per_step: bool = False, published: bool = False,
+    **model: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor], dict[str, Tensor]]:
     """Train some steps; give the rows, the weights before and the weights after."""
-    built = built_for(corpus, per_step=per_step, **model)
+    built = built_for(corpus, per_step=per_step, published=published, **model)
     engine = Engine(built.model, optim, ZeroConfig(stage), precision)
     before = {name: engine.full_weight(value) for name, value in engine.parameters()}
     data = Steps(

@@ -168,8 +168,8 @@ def alone(path: str) -> None:
     """On one rank: twenty steps to compare with stored losses, bf16, and recomputed activations."""
     world = distributed.init()
     corpus = corpora()["all"]
-    golden, *_ = run(corpus, ADAM, 20, stage=0, max_tokens=LARGE)
-    half, *_ = run(corpus, OptimConfig(lr=3e-3), 30, stage=1, max_tokens=LARGE, precision="bf16")
+    golden, *_ = run(corpus, ADAM, 20, stage=0, max_tokens=LARGE, published=True)
+    half, *_ = run(corpus, OptimConfig(lr=3e-3), 30, stage=1, max_tokens=LARGE, precision="bf16", published=True)
     seen: dict[str, Any] = {"golden": [row["loss"] for row in golden], "bf16": [row["loss"] for row in half]}
     for name, checkpointing in (("kept", False), ("recomputed", True)):
         torch.manual_seed(SEED)

@@ -1,0 +1,185 @@
+"""A real SLURM of two nodes on one machine: munge, a controller, two node daemons; for root or an ordinary user.
+
+Where mounting is allowed each node has its own /dev/shm, so what nodes must not share is not shared here either.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NODES = ("emo1", "emo2")
+CPUS = 4
+"""Per node, whatever the machine has: two ranks and their servers share it."""
+SETTINGS = """
+ClusterName=emo
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=bf_interval=1,sched_interval=2
+SlurmdParameters=config_overrides
+ReturnToService=2
+PropagateResourceLimits=NONE
+MailProg=/bin/true
+JobRequeue=1
+KillWait=30
+"""
+"""`cred_expire` is also the delay of a requeued job, 120 s by default."""
+
+
+@dataclass
+class Cluster:
+    """A running cluster; jobs are submitted from `work`, a copy of the project's scripts and configurations."""
+
+    folder: Path
+    work: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a user of the cluster has set."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "EMOSCALE_", "RANK", "WORLD_SIZE", "LOCAL_"))}
+        return kept | {
+            "SLURM_CONF": str(self.folder / "slurm.conf"), "EMOSCALE_PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo",
+        }
+
+    def call(self, *words: str, **more: str) -> str:
+        """Run one of SLURM's commands."""
+        done = subprocess.run(words, cwd=self.work, env=self.environment | more, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, *words: str, **more: str) -> str:
+        """Submit a job; give its number."""
+        return self.call("sbatch", "--parsable", *words, **more)
+
+    def state(self, job: str) -> dict[str, str]:
+        """Give what the controller says of a job."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "show", "job", job)))
+
+    def wait(self, job: str, seconds: float = 240) -> dict[str, str]:
+        """Wait until a job has ended; give its last state."""
+        end = time.monotonic() + seconds
+        while (found := self.state(job))["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+            assert time.monotonic() < end, f"job {job} is {found['JobState']} after {seconds} s\n{self.log(job)}"
+            time.sleep(0.5)
+        return found
+
+    def log(self, job: str) -> str:
+        """Give what a job printed."""
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.work.glob(f"*-{job}*.log")))
+
+    def stop(self) -> None:
+        """End everything that was started."""
+        for process in reversed(self.processes):
+            process.send_signal(signal.SIGTERM)
+        for process in reversed(self.processes):
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def start(folder: Path) -> Cluster:
+    """Bring a cluster up; its daemons are children of this process."""
+    cluster = Cluster(folder, folder / "work")
+    for name in ("state", *(f"spool/{node}" for node in NODES), "work"):
+        (folder / name).mkdir(parents=True)
+    shutil.copytree(ROOT / "slurm", cluster.work / "slurm")
+    shutil.copytree(ROOT / "configs", cluster.work / "configs")
+    _configure(folder)
+    environment = cluster.environment | {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+
+    def run(*words: str) -> None:
+        with (folder / f"{Path(words[0]).name}.out").open("ab") as out:
+            cluster.processes.append(subprocess.Popen(words, env=environment, stdout=out, stderr=out, cwd=folder))
+
+    try:
+        # --force: munge refuses a socket below a folder that others may write to, as /tmp is
+        run("munged", "--foreground", "--force", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.sock", f"--pid-file={folder}/munged.pid",
+            f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed")
+        _until((folder / "munge.sock").exists, folder)
+        run("slurmctld", "-D", "-i")
+        for node in NODES:
+            apart = ["unshare", "--mount", "--fork", "--kill-child=TERM", "bash", "-c", 'mount -t tmpfs -o size=1g tmpfs /dev/shm; exec "$@"', "node"]
+            run(*(apart if _may_mount() else []), "slurmd", "-D", "-N", node)
+        _until(lambda: len(cluster.call("sinfo", "-h", "-N", "-t", "idle").splitlines()) == len(NODES), folder)
+    except BaseException:
+        cluster.stop()
+        raise
+    return cluster
+
+
+def _configure(folder: Path) -> None:
+    port, *others = _free_ports(1 + len(NODES))
+    lines = SETTINGS.format(host=socket.gethostname().split(".")[0], port=port, user=getpass.getuser(), folder=folder).splitlines()
+    host = socket.gethostname().split(".")[0]
+    lines += [
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={own} CPUs={CPUS} RealMemory=4000 State=UNKNOWN"
+        for node, own in zip(NODES, others, strict=True)
+    ]
+    lines += [f"PartitionName=main Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP"]
+    (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
+    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # nothing is looked for where no cgroups are mounted
+    key = folder / "munge.key"
+    key.touch(mode=0o600)
+    key.write_bytes(secrets.token_bytes(1024))
+
+
+def _may_mount() -> bool:
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _until(ready, folder: Path, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if ready():
+                return
+        except AssertionError:  # the controller does not answer yet
+            pass
+        if time.monotonic() > end:
+            logs = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in folder.glob("*.out"))
+            raise AssertionError(f"SLURM did not come up in {seconds} s\n{logs}")
+        time.sleep(0.2)
