@@ -112,6 +112,11 @@ class LabelEncoder(Encoder):
         return item
 
 
+def default_key(table: str) -> str:
+    """Give where the class stands if nobody says: in the column `label` of a CSV, under `emotion` in a corpus' own records."""
+    return "label" if table else "emotion"
+
+
 def read_labels(table: str, corpus: Utterances, key: str) -> dict[str, dict[str, str]]:
     """Give rows by utterance id, from a CSV with columns `id,<key>[,speaker,group,session,split]` or from the corpus' records.
 

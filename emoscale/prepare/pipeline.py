@@ -26,6 +26,7 @@ from emoscale.prepare.parts import Part, PartStore
 from emoscale.prepare.shards import LEDGER, SCHEMA
 from emoscale.prepare.sources import Source, find
 from emoscale.prepare.teacher import TeacherConfig, teacher_sha256, train_teacher
+from emoscale.prepare.trees import TREES
 from emoscale.prepare.vocabulary import TextConfig
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -38,6 +39,8 @@ class PrepareConfig:
 
     source: str = MISSING
     """Folder of media with subtitles, one media file, or a `.csv` / `.jsonl` manifest of utterances."""
+    layout: str = ""
+    """Official folder tree that `source` is: `iemocap` or `msp_improv`; empty = a folder of media, or a manifest."""
     output: str = MISSING
     """Folder of the corpus; what is there already is kept and added to."""
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
@@ -65,6 +68,8 @@ class PrepareConfig:
 
     def validate(self) -> None:
         """Refuse values out of range."""
+        if self.layout and self.layout not in TREES:
+            raise ValueError(f"layout: {self.layout!r}, must be among {', '.join(TREES)}, or empty")
         unknown = [name for name in self.require if name not in MODALITIES]
         if unknown:
             raise ValueError(f"require: {unknown[0]!r}, must be among {', '.join(MODALITIES)}")
@@ -135,7 +140,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
     source, output = Path(config.source), Path(config.output)
     if config.render == "demo":
         _render(source.parent if source.name == "films" else source)
-    sources = find(source, config.preprocess.subtitles.language)
+    sources = TREES[config.layout](source) if config.layout else find(source, config.preprocess.subtitles.language)
     output.mkdir(parents=True, exist_ok=True)
     store = PartStore(output)
     store.clean()

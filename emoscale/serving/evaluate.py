@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from emoscale.config import ConfigError, DataError
-from emoscale.data.labelled import check_encoders, labelled_set, read_labels
+from emoscale.data.labelled import check_encoders, default_key, labelled_set, read_labels
 from emoscale.data.streams import Corpus
 from emoscale.evaluation.metrics import score
 from emoscale.evaluation.report import confusion_section, scores_section, write_report
@@ -30,8 +30,8 @@ class EvaluateConfig:
     """Folder that `emoscale prepare` wrote, with the model's encoders (not used for a pre-training run)."""
     labels: str = ""
     """CSV with columns `id,<label_key>,speaker[,split]`; empty = labels of the corpus' own records."""
-    label_key: str = "label"
-    """Column (or key of a record's label) that holds the class."""
+    label_key: str = ""
+    """Column, or key of a record's label, that holds the class; empty = `label` of a CSV, `emotion` of records."""
     only: str = ""
     """Use utterances whose id begins with this alone."""
     speakers: list[str] = field(default_factory=list)
@@ -62,7 +62,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise ConfigError(f"corpus: {config.corpus} does not exist; `emoscale prepare` makes one")
     corpus = Corpus(config.corpus)
     check_encoders(model.manifest, corpus.manifest, config.corpus)
-    data = labelled_set(corpus, read_labels(config.labels, corpus, config.label_key), key=config.label_key, classes=model.classes, only=config.only)
+    key = config.label_key or default_key(config.labels)
+    data = labelled_set(corpus, read_labels(config.labels, corpus, key), key=key, classes=model.classes, only=config.only)
     absent = sorted(set(config.speakers) - set(data.speakers))
     if absent:
         raise DataError(f"speakers: {', '.join(absent)} speak in no labelled utterance; there are {', '.join(sorted(set(data.speakers))[:20])}")

@@ -15,7 +15,7 @@ from omegaconf import MISSING
 
 from emoscale import distributed
 from emoscale.config import ConfigError, DataError, EmoscaleError, from_mapping, to_dict, to_yaml
-from emoscale.data.labelled import LabelledSet, check_modalities, labelled_set, read_labels
+from emoscale.data.labelled import LabelledSet, check_modalities, default_key, labelled_set, read_labels
 from emoscale.data.streams import Corpus
 from emoscale.data.tokens import class_words, load_tokenizer
 from emoscale.evaluation.protocols import Fold, Protocol, label_fraction, make_folds, speaker_folds
@@ -60,8 +60,8 @@ class FinetuneConfig(ArmConfig):
     """Folder that `emoscale prepare` wrote."""
     labels: str = ""
     """CSV with columns `id,<label_key>,speaker[,group,session,split]`; empty = labels of the corpus' own records."""
-    label_key: str = "label"
-    """Column (or key of a record's label) that holds the class."""
+    label_key: str = ""
+    """Column, or key of a record's label, that holds the class; empty = `label` of a CSV, `emotion` of records."""
     classes: list[str] = field(default_factory=list)
     """Classes scored, in this order; empty = all that occur, sorted."""
     verbalisers: dict[str, str] = field(default_factory=dict)
@@ -221,7 +221,8 @@ def _prepare(config: FinetuneConfig) -> tuple[dict[str, Arm], LabelledSet, list[
         raise ConfigError(f"corpus: {config.corpus} does not exist; `emoscale prepare` makes one")
     _check_reported(config)
     corpus = Corpus(config.corpus)
-    data = labelled_set(corpus, read_labels(config.labels, corpus, config.label_key), key=config.label_key, classes=config.classes, only=config.only)
+    key = config.label_key or default_key(config.labels)
+    data = labelled_set(corpus, read_labels(config.labels, corpus, key), key=key, classes=config.classes, only=config.only)
     folds = _folds(config, data)
     unknown = [number for number in config.run_folds if not 0 <= number < len(folds)]
     if unknown:
