@@ -1,6 +1,7 @@
 # make quickstart   from a fresh clone to quickstart/report.html (CORPUS=folder takes real video instead of the demo)
 # make test         the whole test suite (PYTEST_ARGS=… goes to pytest)
 # make test-ranks   the longer tests of equality over ranks, kills and signals
+# make demo-tables  the tables of the paper: arms, ablations, shares of the labels and of the corpus
 # make demo-report  the demo table: three seeds, every arm, the control
 # make lint         format, style and types
 # make native       build csrc/ with the torch of .venv
@@ -32,7 +33,7 @@ endef
 
 timed = @start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(($$(date +%s) - start)) s"
 
-.PHONY: quickstart test test-ranks test-slurm demo-report lint native clean
+.PHONY: quickstart test test-ranks test-slurm demo-report demo-tables lint native clean
 .DELETE_ON_ERROR:
 
 ifeq ($(CORPUS),)
@@ -58,6 +59,18 @@ demo-report: $(VENV)/.installed
 	done
 	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/demo-report.yaml)
 	@echo "report: $(QUICK)/report/report.html"
+
+TABLE = $(EMOSCALE) pretrain $(DEMO) run.seed=1 run.output=$(QUICK)/tables
+demo-tables: $(VENV)/.installed
+	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo.yaml)
+	$(TABLE)/full
+	$(TABLE)/no-visual objectives.masked_visual.mix=0 objectives.visual_emotion.mix=0 objectives.utterance_emotion.mix=0
+	$(TABLE)/no-acoustic objectives.masked_acoustic.mix=0
+	$(TABLE)/no-span objectives.masked_acoustic.span=1 objectives.masked_visual.span=1 objectives.masked_text.whole_word=false
+	$(TABLE)/half data.fraction=0.5
+	$(TABLE)/quarter data.fraction=0.25
+	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/demo-tables.yaml)
+	@echo "report: $(QUICK)/tables/report.html"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

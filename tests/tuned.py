@@ -42,7 +42,7 @@ class Tuned:
     main: Path
     """Fine-tuning run of every arm."""
     again: Path
-    """The arms direct and finetune once more, and prompt by a second start in the same folder."""
+    """The arms direct and finetune once more, and prompt and one with half of the labels by a second start in the same folder."""
     permuted: Path
     """The arm finetune, with the labels of its test speakers dealt anew."""
     paper: Path
@@ -97,7 +97,7 @@ def make(folder: Path, forks: Forks) -> Tuned:
         pretrain,
         tuned.words(tuned.main, f"arms={ARMS}", "compare=[[finetune, direct]]", f"curves={{pre-training: {tuned.pretrained}}}"),
         tuned.words(tuned.again, 'arms={direct: {init: ""}, finetune: {}}'),
-        tuned.words(tuned.again, 'arms={direct: {init: ""}, finetune: {}, prompt: {head: {name: prompt}}}'),
+        tuned.words(tuned.again, 'arms={direct: {init: ""}, finetune: {}, prompt: {head: {name: prompt}}, half: {fraction: 0.5}}'),
         tuned.words(tuned.permuted, f"labels={dealt}"),
         tuned.words(tuned.paper, "selection=paper"),
     ]

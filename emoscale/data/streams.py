@@ -7,6 +7,7 @@ and lets forked workers share one connection, so the order, the resume position 
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
 from dataclasses import replace
 from functools import lru_cache
@@ -134,13 +135,17 @@ class Selected:
         source: the corpus.
         only: prefix their ids begin with, such as one folder of films; empty = any.
         without: prefixes of ids that are left out, such as those held out for evaluation.
+        fraction: share of the films that is kept, whole; smaller shares lie within larger ones.
     """
 
-    def __init__(self, source: Utterances, only: str = "", without: tuple[str, ...] = ()) -> None:
+    def __init__(self, source: Utterances, only: str = "", without: tuple[str, ...] = (), fraction: float = 1.0) -> None:
         self.source = source
         self.manifest = source.manifest
         ids = [source[number].id for number in range(len(source))]
-        self._numbers = [n for n, name in enumerate(ids) if name.startswith(only) and not name.startswith(without)]
+        wanted = [(n, name) for n, name in enumerate(ids) if name.startswith(only) and not name.startswith(without)]
+        films = sorted({_film(name) for _, name in wanted}, key=lambda film: key_of("corpus share", film))
+        kept = set(films[: math.ceil(fraction * len(films))])
+        self._numbers = [n for n, name in wanted if _film(name) in kept]
         if not self._numbers:
             raise DataError(f"data.only, data.held_out: no utterance is left; ids look like {ids[0]!r}")
 
@@ -149,6 +154,11 @@ class Selected:
 
     def __getitem__(self, number: int) -> Utterance:
         return self.source[self._numbers[number]]
+
+
+def _film(name: str) -> str:
+    """Give the film that an utterance was cut from."""
+    return name.rpartition("#")[0]
 
 
 class Shuffled:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,12 +44,20 @@ class ArmConfig:
     """What is trained besides the head: everything, nothing, or low-rank additions to the linear layers."""
     modalities: list[str] = field(default_factory=lambda: ["text", "visual", "acoustic"])
     """Modalities the model sees."""
+    fraction: float = 1.0
+    """Share of the training labels that is used, in (0, 1]; the same seed draws nested shares."""
+    text_init: str = ""
+    """Hugging Face id or folder of a BERT for the text path of an arm without `init`; empty = `model.init`."""
 
     def validate(self) -> None:
         """Check names."""
         if self.head.get("name") not in HEADS:
             raise ValueError(f"head.name: {self.head.get('name')!r} is unknown; there are {', '.join(HEADS)}")
         check_modalities(self.modalities)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction: {self.fraction} is not in (0, 1]")
+        if self.init and self.text_init:
+            raise ValueError(f"text_init: {self.text_init} would be overwritten by init={self.init}; name one of them")
 
 
 @dataclass
@@ -88,8 +96,6 @@ class FinetuneConfig(ArmConfig):
     """Folds that are run, from 0; empty = all."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Seeds of initialisation, order, dropout and of the labelled subset."""
-    fraction: float = 1.0
-    """Share of the training labels that is used, in (0, 1]."""
     selection: Literal["validation", "paper"] = "validation"
     """What chooses the step: the validation split, or (as published, flagged in every output) the test split."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5, warmup=0))
@@ -122,8 +128,6 @@ class FinetuneConfig(ArmConfig):
     def validate(self) -> None:
         """Check the ranges."""
         super().validate()
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction: {self.fraction} is not in (0, 1]")
         for name in ("batch", "max_text", "steps", "eval_every", "patience", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not ≥ 1")
@@ -164,7 +168,7 @@ def finetune(config: FinetuneConfig) -> Path:
     kept = Outcomes(folder / "outcomes")
     outcomes: list[Outcome] = []
     for (name, arm), seed, fold in itertools.product(arms.items(), config.seeds, folds):
-        train = label_fraction(fold.train, data.labels, config.fraction, seed)
+        train = label_fraction(fold.train, data.labels, arm.fraction, seed)
         made_from = _made_from(config, arm, seed) | {"seed": seed, "fold": fold.name}
         outcome = kept.find(name, seed, fold.name, made_from)
         known = "known: " if outcome is not None else ""
@@ -183,7 +187,7 @@ def finetune(config: FinetuneConfig) -> Path:
     return folder
 
 
-_ELSEWHERE = {"output", "arms", "init", "head", "mode", "modalities", "seeds", "run_folds", "compare", "curves", "oracle", "threads", "gather"}
+_ELSEWHERE = {"output", "arms", "init", "head", "mode", "modalities", "fraction", "text_init", "seeds", "run_folds", "compare", "curves", "oracle", "threads", "gather"}
 """Keys that an outcome does not depend on, or that its arm, seed and fold say better."""
 
 
@@ -194,7 +198,7 @@ def _made_from(config: FinetuneConfig, arm: Arm, seed: int | None) -> dict[str, 
     source = arm.inits[seed] if seed is not None else None
     files += [source / "manifest.json"] if source is not None else []
     return given | {
-        "arm": [arm.head.target, vars(arm.options), arm.mode, arm.modalities, arm.words, any(arm.inits.values())],
+        "arm": [arm.head.target, vars(arm.options), arm.mode, arm.modalities, arm.words, arm.fraction, vars(arm.model), any(arm.inits.values())],
         "files": [file_sha256(file) for file in files],
     }
 
@@ -203,7 +207,7 @@ def check(config: FinetuneConfig) -> None:
     """Validate corpus, labels, folds, checkpoints and class words, and run one step of every arm without a GPU."""
     arms, data, folds = _prepare(config)
     for name, arm in arms.items():
-        rows = label_fraction(folds[0].train, data.labels, config.fraction, config.seeds[0])
+        rows = label_fraction(folds[0].train, data.labels, arm.fraction, config.seeds[0])
         if not first_loss_is_finite(arm, _recipe(config), data, rows, config.seeds[0]):
             raise EmoscaleError(f"arms.{name}: loss or gradient of one step is not finite; look at its checkpoint")
 
@@ -232,7 +236,7 @@ def _prepare(config: FinetuneConfig) -> tuple[dict[str, Arm], LabelledSet, list[
         if len(np.unique(data.labels[fold.train])) < 2:
             alike = data.classes[data.labels[fold.train[0]]]
             raise DataError(f"fold {fold.name}: all {len(fold.train)} training rows are {alike!r} ({data.ids[fold.train[0]]}, …); take other folds")
-    base = {name: getattr(config, name) for name in ("init", "head", "mode", "modalities")}
+    base = {name: getattr(config, name) for name in ("init", "head", "mode", "modalities", "fraction", "text_init")}
     sections = config.arms or {"finetune": {}}
     read = {name: from_mapping(ArmConfig, base | (section or {}), f"arms.{name}") for name, section in sections.items()}
     for pair in config.compare:
@@ -263,7 +267,7 @@ def _arm(config: FinetuneConfig, arm: ArmConfig, data: LabelledSet) -> Arm:
     return Arm(
         inits, head, from_mapping(head.Config, options, "head"), arm.mode, config.lora_rank, list(arm.modalities),
         class_words(data.classes, config.verbalisers, tokenizer) if prompted else [-1] * len(data.classes), config.template if prompted else "",
-        config.model, tokenizer,
+        replace(config.model, init=arm.text_init or config.model.init), tokenizer, arm.fraction,
     )
 
 

@@ -44,7 +44,6 @@ def summarise(folder: Path, outcomes: list[Outcome], data: LabelledSet, config: 
     results = {
         "classes": data.classes,
         "selection": config.selection,
-        "fraction": config.fraction,
         "arms": {name: value.to_dict() for name, value in scores.items()},
         "differences": {name: {metric: vars(interval) for metric, interval in rows.items()} for name, rows in differences.items()},
         "runs": [
@@ -97,8 +96,7 @@ def protocol_note(config: FinetuneConfig, outcomes: list[Outcome]) -> str:
     used = sorted({outcome.labelled for outcome in outcomes})
     labels = f"{used[0]}" if len(used) == 1 else f"{used[0]} to {used[-1]}"
     seeds, folds = len({outcome.seed for outcome in outcomes}), len({outcome.fold for outcome in outcomes})
-    few = f", {config.fraction:.0%} of the training split" if config.fraction < 1 else ""
-    return f"{config.protocol}: {folds} fold(s) × {seeds} seed(s), {labels} labelled utterances each{few}."
+    return f"{config.protocol}: {folds} fold(s) × {seeds} seed(s), {labels} labelled utterances each."
 
 
 def _examples(last: Outcome, data: LabelledSet, count: int = 24) -> list[Example]:

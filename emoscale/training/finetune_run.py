@@ -59,6 +59,8 @@ class Arm:
     template: str
     model: ModelConfig
     tokenizer: Any
+    fraction: float = 1.0
+    """Share of the training labels that it uses."""
 
 
 @dataclass

@@ -47,6 +47,8 @@ class DataConfig:
     """Folders that `emoscale prepare` wrote."""
     only: str = ""
     """Train on the utterances whose id begins with this alone (`pretrain/`); empty = on all."""
+    fraction: float = 1.0
+    """Share of the films that is trained on, in (0, 1]; smaller shares lie within larger ones."""
     held_out: str = ""
     """Text file with one id, or beginning of ids, per line: utterances never trained on; `emoscale evaluate` scores them."""
     tokenizer: str = ""
@@ -78,6 +80,8 @@ class DataConfig:
                 f"max_text={self.max_text} (≥ 1), workers={self.workers} (≥ 0)"
             )
         check_dropout(self.modality_dropout)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction: {self.fraction} is not in (0, 1]")
 
 
 def check_dropout(given: dict[str, float]) -> None:
@@ -203,8 +207,8 @@ def open_corpus(data: DataConfig, seed: int) -> Utterances:
         raise ConfigError("data.corpora: empty; name at least one folder that `emoscale prepare` wrote")
     parts = [Corpus(name) for name in data.corpora]
     corpus: Utterances = parts[0] if len(parts) == 1 else Joined(parts)
-    if data.only or data.held_out:
-        corpus = Selected(corpus, data.only, read_held_out(data.held_out) if data.held_out else ())
+    if data.only or data.held_out or data.fraction < 1:
+        corpus = Selected(corpus, data.only, read_held_out(data.held_out) if data.held_out else (), data.fraction)
     return Shuffled(corpus, seed) if data.shuffle_modalities else corpus
 
 

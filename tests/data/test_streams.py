@@ -184,6 +184,24 @@ def test_prefixes_are_left_out(folder: Path) -> None:
     assert len(Selected(Corpus(folder), without=("synthetic#00000",))) == COUNT - 10
 
 
+def test_shares_of_a_corpus_are_whole_films_and_lie_within_one_another() -> None:
+    class Films:
+        manifest: dict[str, object] = {}  # nobody changes it
+
+        def __len__(self) -> int:
+            return 200
+
+        def __getitem__(self, number: int) -> Utterance:
+            return Utterance(id=f"s{number % 2}/film_{number // 10:02d}#{number % 10:04d}")
+
+    names = {share: [Selected(Films(), fraction=share)[i].id for i in range(len(Selected(Films(), fraction=share)))] for share in (0.25, 0.5, 1.0)}
+    films = {share: {name.rpartition("#")[0] for name in found} for share, found in names.items()}
+    assert [len(films[share]) for share in (0.25, 0.5, 1.0)] == [10, 20, 40]
+    assert films[0.25] < films[0.5] < films[1.0]
+    assert all(len(found) == 5 * len(films[share]) for share, found in names.items())
+    assert names[1.0] == [Films()[i].id for i in range(200)]
+
+
 @pytest.mark.parametrize("count", [3, 4, 50])
 def test_shuffled_modalities_come_from_three_utterances_each_used_once(count: int) -> None:
     frames = lambda i: np.full((1, 1), i, np.float16)  # noqa: E731

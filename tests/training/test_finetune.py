@@ -43,6 +43,8 @@ def rewritten(tuned: Tuned, path: Path, change: Any) -> Path:
     ("word", "message"),
     [
         ("fraction=0", "fraction: 0.0 is not in"),
+        ("arms={few: {fraction: 2}}", r"arms\.few\.fraction: 2.0 is not in"),
+        ("text_init=bert", "text_init: bert would be overwritten by init="),
         ("folds=2", "folds: 2 is not ≥ 3"),
         ("seeds=[]", "seeds: .* is empty"),
         ("seeds=[1, 1]", r"seeds: \[1, 1\] is empty or names one twice"),
@@ -168,6 +170,13 @@ def test_a_second_start_runs_what_is_missing_and_reports_all(tuned: Tuned) -> No
     first, second = results(tuned.main), results(tuned.again)
     for arm in ("direct", "finetune", "prompt"):
         assert second["arms"][arm] == first["arms"][arm]
+
+
+def test_an_arm_may_use_fewer_labels_than_the_others(tuned: Tuned) -> None:
+    used = {run["arm"]: run["labels_used"] for run in results(tuned.again)["runs"]}
+    assert used["direct"] == used["finetune"] == used["prompt"]
+    assert abs(used["half"] - used["direct"] / 2) <= len(CLASSES) / 2
+    assert [row["id"] for row in predictions(tuned.again, "half")] == [row["id"] for row in predictions(tuned.again, "direct")]
 
 
 @pytest.mark.parametrize("change", ["optim.lr=1e-4", "fraction=0.5", "model.dropout=0.2", "mode=frozen", "labels", "init"])
