@@ -33,7 +33,7 @@ endef
 
 timed = @start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(($$(date +%s) - start)) s"
 
-.PHONY: quickstart test test-ranks test-slurm demo-report demo-tables lint native clean
+.PHONY: quickstart test test-ranks test-slurm test-s3 demo-report demo-tables lint native clean
 .DELETE_ON_ERROR:
 
 ifeq ($(CORPUS),)
@@ -80,6 +80,9 @@ test-ranks: $(VENV)/.installed-dev
 
 test-slurm: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/slurm $(PYTEST_ARGS)
+
+test-s3: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow tests/s3 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

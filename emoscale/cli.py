@@ -99,7 +99,7 @@ def pretrain(words: Words = None, check: Check = False) -> None:
     _announce(config.run.output)
     checkpoint = run.pretrain(config)
     if _is_main():
-        _write_report(Path(config.run.output), [Path(name) for name in config.data.corpora])
+        _write_report(Path(config.run.output), run.folders_of(config.data))
     return _say(f"checkpoint: {checkpoint}")
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "emoscale"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
-    {"batch", "config", "distributed", "files", "imports", "kernels", "template"},
+    {"batch", "config", "distributed", "files", "imports", "kernels", "storage", "template"},
     {"prepare", "data"},
     {"models"},
     {"objectives", "heads"},
@@ -27,6 +27,7 @@ LEVELS = [
 ]
 """From the ground up; `emoscale` is the package's own `__init__`."""
 SIDEWAYS = {
+    ("storage", "config"): "a URL that names no storage is a configuration error",
     ("distributed", "config"): "a launcher whose variables contradict each other is a configuration error",
     (
         "training",

@@ -28,6 +28,7 @@ from emoscale.prepare.sources import Source, find
 from emoscale.prepare.teacher import TeacherConfig, teacher_sha256, train_teacher
 from emoscale.prepare.trees import TREES
 from emoscale.prepare.vocabulary import TextConfig
+from emoscale.storage import upload
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called with (inputs finished, inputs in all, ledger row) after each input."""
@@ -49,6 +50,8 @@ class PrepareConfig:
     """Expression teacher; without `stills` and without a `teacher/` in the output there is no visual emotion."""
     text: TextConfig = field(default_factory=TextConfig)
     """Tokenizer of the corpus."""
+    upload: str = ""
+    """Where the finished corpus is stored as well, `s3://bucket/prefix`; empty = nowhere. Pre-training reads it from there."""
     require: list[str] = field(default_factory=list)
     """Modalities (text, visual, acoustic) without which an utterance is dropped; others may be empty."""
     max_failures: int = 0
@@ -161,6 +164,11 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
         )
         summary.counts, summary.generation = manifest["counts"], manifest["generation"]
         summary.notes = notes_of(summary.ledger)
+        if config.upload:
+            names = [shard["file"] for shard in manifest["shards"]] + ["index.json", summary.ledger.name]
+            folders = [output / name for name in ("tokenizer", TEACHER_FOLDER)]
+            names += [path.relative_to(output).as_posix() for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+            summary.lines.append(f"uploaded: {upload(output, [*names, 'manifest.json'], config.upload)} files to {config.upload}")
     if len(summary.failures) > config.max_failures:
         path, reason = summary.failures[0]
         raise SkippedInputsError(

@@ -11,17 +11,17 @@ from emoscale.config import to_dict
 from emoscale.training.build import Built
 
 
-def write_assets(folder: Path, built: Built, config: Any) -> None:
+def write_assets(folder: Path, built: Built, config: Any, corpus: Path) -> None:
     """Write a run's assets, once; checkpoints and exported models carry copies.
 
     Args:
-        config: the `RunConfig`; its first corpus gives manifest and expression teacher.
+        config: the `RunConfig`.
+        corpus: folder of its first corpus, which gives manifest and expression teacher.
     """
     if (folder / "model.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     built.encoder.text.tokenizer.save_pretrained(folder / "tokenizer")
-    corpus = Path(config.data.corpora[0])
     manifest = json.loads((corpus / "manifest.json").read_text())
     (folder / "corpus.json").write_text(json.dumps({key: value for key, value in manifest.items() if key != "shards"}, indent=1))
     if (corpus / "teacher").is_dir():

@@ -18,11 +18,13 @@ from emoscale.batch import MODALITIES
 from emoscale.config import ConfigError, DataError, EmoscaleError, differences, to_dict, to_yaml
 from emoscale.data.collate import Encoder
 from emoscale.data.loader import StepData, Steps
+from emoscale.data.remote import RemoteCorpus, local_folder
 from emoscale.data.streams import Corpus, Joined, Order, Selected, Shuffled, Utterances
 from emoscale.data.synthetic import Synthetic
 from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
 from emoscale.files import replace_text
 from emoscale.models.config import ModelConfig
+from emoscale.storage import is_remote
 from emoscale.training import checkpoint
 from emoscale.training.assets import write_assets
 from emoscale.training.build import Built, build
@@ -44,7 +46,11 @@ class DataConfig:
     """What is read and how it is cut into batches."""
 
     corpora: list[str] = MISSING
-    """Folders that `emoscale prepare` wrote."""
+    """Folders that `emoscale prepare` wrote, or where it uploaded them (`s3://bucket/prefix`)."""
+    cache: str = "~/.cache/emoscale"
+    """Folder of this node where shards from storage are kept."""
+    cache_gb: float = 100.0
+    """Shards kept per corpus, GB; less than a corpus takes means that shards are fetched again in every pass."""
     only: str = ""
     """Train on the utterances whose id begins with this alone (`pretrain/`); empty = on all."""
     fraction: float = 1.0
@@ -74,6 +80,8 @@ class DataConfig:
 
     def validate(self) -> None:
         """Check the ranges."""
+        if self.cache_gb <= 0:
+            raise ValueError(f"cache_gb: {self.cache_gb} is not above 0")
         if self.global_batch < 1 or self.max_tokens < 256 or self.max_text < 1 or self.workers < 0:
             raise ValueError(
                 f"global_batch: global_batch={self.global_batch} (≥ 1), max_tokens={self.max_tokens} (≥ 256), "
@@ -201,11 +209,12 @@ def check(config: RunConfig) -> None:
 def open_corpus(data: DataConfig, seed: int) -> Utterances:
     """Open every corpus of a configuration behind one numbering."""
     for name in data.corpora:
-        if not Path(name).is_dir():
+        if not is_remote(name) and not Path(name).is_dir():
             raise ConfigError(f"data.corpora: {name} does not exist; `emoscale prepare` makes a corpus")
     if not data.corpora:
         raise ConfigError("data.corpora: empty; name at least one folder that `emoscale prepare` wrote")
-    parts = [Corpus(name) for name in data.corpora]
+    cache = Path(data.cache).expanduser()
+    parts = [RemoteCorpus(name, cache, int(data.cache_gb * 1e9)) if is_remote(name) else Corpus(name) for name in data.corpora]
     corpus: Utterances = parts[0] if len(parts) == 1 else Joined(parts)
     if data.only or data.held_out or data.fraction < 1:
         corpus = Selected(corpus, data.only, read_held_out(data.held_out) if data.held_out else (), data.fraction)
@@ -224,6 +233,11 @@ def read_held_out(path: str) -> tuple[str, ...]:
     if not lines:
         raise ConfigError(f"data.held_out: {path} names nothing")
     return lines
+
+
+def folders_of(data: DataConfig) -> list[Path]:
+    """Give where each corpus' manifest and tokenizer lie on this node."""
+    return [local_folder(name, Path(data.cache).expanduser()) for name in data.corpora]
 
 
 def expressions_of(corpus: Utterances) -> list[str]:
@@ -245,7 +259,7 @@ def _build(config: RunConfig, corpus: Utterances, world: distributed.World) -> B
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    tokenizer = load_tokenizer(config.data.tokenizer, Path(config.data.corpora[0]))
+    tokenizer = load_tokenizer(config.data.tokenizer, folders_of(config.data)[0])
     encoder = make_encoder(config.data, corpus, tokenizer)
     _check_positions(config.model.positions, encoder)
     built = build(
@@ -270,7 +284,7 @@ def _train(config: RunConfig, engine: Engine, built: Built, corpus: Utterances, 
     """Set up everything around the loop; calling the result with the preemption runs it."""
     loop, optim = config.run, config.optim
     if world.is_main:
-        write_assets(folder / "assets", built, config)
+        write_assets(folder / "assets", built, config, folders_of(config.data)[0])
         (folder / "deepspeed.json").write_text(json.dumps(engine.config, indent=1))
     distributed.barrier()
     steps = Steps(
@@ -340,7 +354,7 @@ def _open_folder(folder: Path, config: RunConfig, world: distributed.World) -> P
     return latest
 
 
-RESUMABLE = ("data.corpora", "data.max_tokens", "data.workers", "zero.", "run.output", "run.log_every", "run.save_every", "run.keep", "run.track",
+RESUMABLE = ("data.corpora", "data.cache", "data.max_tokens", "data.workers", "zero.", "run.output", "run.log_every", "run.save_every", "run.keep", "run.track",
              "run.signal", "run.threads", "run.max_nonfinite")
 """Keys that may change when a run goes on: they do not change what is computed (`zero` and `max_tokens` up to rounding; a corpus may move)."""
 

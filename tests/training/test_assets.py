@@ -25,7 +25,7 @@ def built(corpus: Path) -> Built:
 
 
 def test_a_model_can_be_made_again_from_its_assets(built: Built, corpus: Path, tmp_path: Path):
-    write_assets(tmp_path / "assets", built, SimpleNamespace(data=DataConfig(corpora=[str(corpus)])))
+    write_assets(tmp_path / "assets", built, SimpleNamespace(data=DataConfig(corpora=[str(corpus)])), corpus)
     model = json.loads((tmp_path / "assets" / "model.json").read_text())
     again = UnifiedTransformer(**model["shape"])
     again.load_state_dict(built.model.backbone.state_dict())
@@ -36,7 +36,7 @@ def test_a_model_can_be_made_again_from_its_assets(built: Built, corpus: Path, t
 
 
 def test_the_corpus_is_described_without_its_shards(built: Built, corpus: Path, tmp_path: Path):
-    write_assets(tmp_path / "assets", built, SimpleNamespace(data=DataConfig(corpora=[str(corpus)])))
+    write_assets(tmp_path / "assets", built, SimpleNamespace(data=DataConfig(corpora=[str(corpus)])), corpus)
     told = json.loads((tmp_path / "assets" / "corpus.json").read_text())
     assert "shards" not in told
     assert told["visual"]["width"] == 6
@@ -49,10 +49,10 @@ def test_the_expression_teacher_comes_along_and_unfinished_assets_are_written_ag
     (mine / "manifest.json").write_text((corpus / "manifest.json").read_text())
     (tmp_path / "assets" / "teacher").mkdir(parents=True)
     config = SimpleNamespace(data=DataConfig(corpora=[str(mine)]))
-    write_assets(tmp_path / "assets", built, config)
+    write_assets(tmp_path / "assets", built, config, Path(config.data.corpora[0]))
     assert (tmp_path / "assets" / "teacher" / "config.json").is_file()
     torn = (tmp_path / "assets" / "model.json").read_text()
     (mine / "teacher" / "config.json").write_text('{"other": 1}')
-    write_assets(tmp_path / "assets", built, config)
+    write_assets(tmp_path / "assets", built, config, Path(config.data.corpora[0]))
     assert (tmp_path / "assets" / "teacher" / "config.json").read_text() == "{}", "written once"
     assert (tmp_path / "assets" / "model.json").read_text() == torn

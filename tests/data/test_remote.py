@@ -1,0 +1,132 @@
+"""A corpus in storage: fetched, verified, fetched again; never a short epoch. The same on a real S3 server where there is one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from emoscale.config import DataError
+from emoscale.data import remote
+from emoscale.data.remote import RemoteCorpus, local_folder
+from emoscale.data.streams import Corpus
+from emoscale.data.synthetic import Synthetic
+from tests.corpora import write_corpus
+
+COUNT, SHARD = 60, 1 << 13
+PLENTY = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_corpus(tmp_path_factory.mktemp("stored") / "corpus", Synthetic(COUNT, visual_width=6, acoustic_width=5, expressions=3), shard_bytes=SHARD)
+    assert len(json.loads((folder / "index.json").read_text())["shards"]) >= 5
+    return folder
+
+
+@pytest.fixture
+def copied(stored: Path, tmp_path: Path) -> Path:
+    """Give a stored corpus that a test may damage."""
+    return Path(shutil.copytree(stored, tmp_path / "stored"))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PATIENCE_S", 0.01)
+
+
+def assert_same(read: Corpus, folder: Path, order: list[int]) -> None:
+    plain = Corpus(folder)
+    assert len(read) == len(plain)
+    for number in order:
+        one, other = read[number], plain[number]
+        assert one.id == other.id
+        np.testing.assert_array_equal(one.acoustic, other.acoustic)
+        np.testing.assert_array_equal(one.visual, other.visual)
+
+
+def test_what_is_read_is_what_is_stored(stored: Path, tmp_path: Path) -> None:
+    read = RemoteCorpus(f"file://{stored}", tmp_path, PLENTY)
+    assert_same(read, stored, list(range(COUNT)))
+    assert (read.folder / "tokenizer/vocab.txt").is_file()
+    assert local_folder(f"file://{stored}", tmp_path) == read.folder
+    assert local_folder(str(stored), tmp_path) == stored
+
+
+def test_a_cache_smaller_than_the_corpus_is_refilled(stored: Path, tmp_path: Path) -> None:
+    read = RemoteCorpus(f"file://{stored}", tmp_path, 2 * SHARD)
+    assert_same(read, stored, np.random.default_rng(0).integers(0, COUNT, 300).tolist())
+    held = sum(path.stat().st_size for path in read.folder.glob("*.mds"))
+    assert 0 < held <= 2 * SHARD
+
+
+def test_a_shard_that_another_process_removed_is_fetched_again(stored: Path, tmp_path: Path) -> None:
+    read = RemoteCorpus(f"file://{stored}", tmp_path, PLENTY)
+    assert_same(read, stored, [0, 30, 59])
+    for path in read.folder.glob("*.mds"):
+        path.unlink()
+    assert_same(read, stored, [0, 30, 59])
+
+
+def test_a_damaged_copy_in_the_cache_is_replaced(stored: Path, tmp_path: Path) -> None:
+    first = RemoteCorpus(f"file://{stored}", tmp_path, PLENTY)
+    first[0]
+    (cached,) = first.folder.glob("*.mds")
+    cached.write_bytes(cached.read_bytes()[:-1] + b"\x00")
+    assert_same(RemoteCorpus(f"file://{stored}", tmp_path, PLENTY), stored, [0])
+
+
+@pytest.mark.parametrize("workers", [0, 2, 4])
+def test_loader_workers_share_one_cache(workers: int, stored: Path, tmp_path: Path) -> None:
+    read = RemoteCorpus(f"file://{stored}", tmp_path, 2 * SHARD)
+    order = np.random.default_rng(1).permutation(COUNT).tolist()
+    loader = DataLoader(read, batch_size=None, sampler=order, num_workers=workers)  # type: ignore[arg-type]  # map-style
+    plain = Corpus(stored)
+    assert [item.id for item in loader] == [plain[number].id for number in order]
+
+
+@pytest.mark.parametrize("damage", ["flip", "delete", "cut"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_shard_is_an_error_with_its_name(damage: str, workers: int, copied: Path, tmp_path: Path) -> None:
+    """Where StreamingDataset ends the epoch early, or hangs."""
+    bad = sorted(copied.glob("*.mds"))[2]
+    content = bytearray(bad.read_bytes())
+    if damage == "delete":
+        bad.unlink()
+    elif damage == "cut":
+        bad.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        bad.write_bytes(bytes(content))
+    read = RemoteCorpus(f"file://{copied}", tmp_path / "cache", PLENTY)
+    loader = DataLoader(read, batch_size=None, sampler=range(COUNT), num_workers=workers)  # type: ignore[arg-type]  # map-style
+    with pytest.raises(DataError, match=rf"{bad.name}: shard cannot be had \(4 fetches; .*upload the corpus again"):
+        list(loader)
+    assert not list(read.folder.glob("*.fetching"))
+
+
+def test_a_shard_that_arrives_damaged_once_is_fetched_again(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    read = RemoteCorpus(f"file://{copied}", tmp_path / "cache", PLENTY)
+    bad = copied / "shard.00000.mds"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-3])
+    monkeypatch.setattr(remote.time, "sleep", lambda _: bad.write_bytes(whole))
+    with caplog.at_level("WARNING", "emoscale"):
+        assert_same(read, copied, [0])
+    assert "fetch 1 of 4 failed: its sha256 is" in caplog.text
+
+
+def test_a_corpus_that_changed_brings_its_new_side_files(copied: Path, tmp_path: Path) -> None:
+    assert len(RemoteCorpus(f"file://{copied}", tmp_path / "cache", PLENTY)) == COUNT
+    shutil.rmtree(copied)
+    write_corpus(copied, Synthetic(COUNT + 5, visual_width=6, acoustic_width=5, expressions=3), shard_bytes=SHARD)
+    assert_same(RemoteCorpus(f"file://{copied}", tmp_path / "cache", PLENTY), copied, list(range(COUNT + 5)))
+
+
+def test_no_corpus_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"file:///nowhere/manifest\.json: No such file or directory; is there a corpus"):
+        RemoteCorpus("file:///nowhere", tmp_path, PLENTY)
