@@ -34,6 +34,9 @@ COLUMNS = {
 }
 """Columns of a feature shard (MDS, typed, never pickle); `label` is JSON."""
 
+TEXT_FEATURES = {"text_features": "ndarray:float16"}
+"""Column that the shards of a corpus have besides, where its texts came as features too."""
+
 
 @dataclass
 class Utterance:
@@ -64,17 +67,24 @@ class Utterance:
     """fp16 [T_v, K], the expression teacher's probabilities per face frame; zero columns without a teacher."""
     label: dict[str, Any] = field(default_factory=dict)
     """Annotations such as `{"emotion": "happy"}`; pre-training never reads them."""
+    text_features: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float16))
+    """fp16 [T_l, D_l], output of a text encoder that a manifest brought along: part of the text, besides its words or in their place."""
+
+    def has(self, modality: str) -> bool:
+        """Whether anything of a modality is there; text features are text."""
+        return len(getattr(self, modality)) > 0 or (modality == "text" and len(self.text_features) > 0)
 
     def record(self) -> dict[str, Any]:
-        """Give the row that an MDS writer takes."""
-        row = {name: _stored(getattr(self, name)) for name in COLUMNS if name != "label"}
+        """Give the row that an MDS writer takes, with text features where their width is above 0."""
+        columns = COLUMNS | (TEXT_FEATURES if self.text_features.shape[1] else {})
+        row = {name: _stored(getattr(self, name)) for name in columns if name != "label"}
         return row | {"label": json.dumps(self.label, sort_keys=True)}
 
     @classmethod
     def from_record(cls, row: dict[str, Any]) -> Utterance:
         """Read a row of an MDS shard back."""
         label = json.loads(row["label"]) if row.get("label") else {}
-        return cls(**{name: _restored(row[name]) for name in COLUMNS if name != "label"}, label=label)
+        return cls(**{name: _restored(row[name]) for name in COLUMNS | TEXT_FEATURES if name != "label" and name in row}, label=label)
 
 
 @dataclass
@@ -96,7 +106,7 @@ class Targets:
 class Batch:
     """One packed micro-batch: the tokens of all its utterances lie behind one another, without padding.
 
-    Sequence of an utterance: `[CLS] text [SEP] visual… acoustic…`.
+    Sequence of an utterance: `[CLS] text [SEP] visual… acoustic…`, with text features, where a corpus has them, behind [SEP].
     """
 
     ids: list[str]
@@ -133,6 +143,12 @@ class Batch:
     """Per objective, what it predicts here (an objective with nothing to do has zero rows)."""
     labels: Tensor | None = None
     """int64 [b] class of each utterance, where a head is trained."""
+    text_features: Tensor | None = None
+    """float32 [l, D_l]: normalised; None in a corpus without them, as are the next two."""
+    text_features_rows: Tensor | None = None
+    """int64 [l]"""
+    text_features_positions: Tensor | None = None
+    """int64 [l]"""
 
     @property
     def utterances(self) -> int:
@@ -142,7 +158,8 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Number of packed tokens; all of them are valid."""
-        return int(self.text.shape[0] + self.visual.shape[0] + self.acoustic.shape[0])
+        spoken = 0 if self.text_features is None else self.text_features.shape[0]
+        return int(self.text.shape[0] + spoken + self.visual.shape[0] + self.acoustic.shape[0])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
         """Copy every tensor to a device."""

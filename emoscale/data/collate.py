@@ -25,20 +25,31 @@ class Encoded:
     label: int = -1
     prompt: int = -1
     """Position of the prompt's [MASK] in the text, -1 without a prompt."""
+    text_features: np.ndarray | None = None
+    """None in a corpus without them."""
 
     @property
     def length(self) -> int:
         """Tokens it takes in the packed tensor."""
-        return len(self.tokens.ids) + len(self.visual) + len(self.acoustic)
+        return len(self.tokens.ids) + self.spoken + len(self.visual) + len(self.acoustic)
+
+    @property
+    def spoken(self) -> int:
+        """Text features of this utterance."""
+        return 0 if self.text_features is None else len(self.text_features)
 
     def without(self, modality: str) -> Encoded:
         """Give the utterance as if it had no such modality; itself for an empty name."""
         if modality == "text":
             ends = Tokens(self.tokens.ids[[0, -1]], self.tokens.words[[0, -1]])
-            return replace(self, tokens=ends, sizes=replace(self.sizes, words=0))
+            return replace(self.without_text_features(), tokens=ends, sizes=replace(self.sizes, words=0))
         if modality == "visual":
             return replace(self, visual=self.visual[:0], emotion=self.emotion[:0], sizes=replace(self.sizes, visual=0))
         return replace(self, acoustic=self.acoustic[:0], sizes=replace(self.sizes, acoustic=0)) if modality else self
+
+    def without_text_features(self) -> Encoded:
+        """Give the utterance with its words alone."""
+        return self if self.text_features is None else replace(self, text_features=self.text_features[:0])
 
     def prompted(self, encoder: TextEncoder, template: str) -> Encoded:
         """Give the utterance with its text in a template."""
@@ -53,20 +64,23 @@ class Encoder:
         text: tokenizer with its limits.
         visual, acoustic: widths, caps and constants of the corpus' manifest.
         classes: expression classes of the teacher; 0 = no teacher.
+        text_features: as `visual`, where the corpus has them.
     """
 
-    def __init__(self, text: TextEncoder, visual: Features, acoustic: Features, classes: int) -> None:
-        self.text, self.visual, self.acoustic, self.classes = text, visual, acoustic, classes
+    def __init__(self, text: TextEncoder, visual: Features, acoustic: Features, classes: int, text_features: Features | None = None) -> None:
+        self.text, self.visual, self.acoustic, self.classes, self.text_features = text, visual, acoustic, classes, text_features
 
     def __call__(self, utterance: Utterance, turn: int = 0) -> Encoded | None:
         """Encode one utterance; None where a feature is not finite (the caller names and counts it)."""
-        if not all(np.isfinite(frames).all() for frames in (utterance.visual, utterance.acoustic, utterance.visual_emotion)):
+        if not all(np.isfinite(frames).all() for frames in (utterance.visual, utterance.acoustic, utterance.visual_emotion, utterance.text_features)):
             return None
         tokens = self.text(utterance.text)
         visual, acoustic = self.visual(utterance.visual, utterance), self.acoustic(utterance.acoustic, utterance)
         emotion = self._emotion(utterance, len(visual))
         words = int(tokens.words.max(initial=-1)) + 1
-        return Encoded(Sizes(utterance.id, turn, words, len(visual), len(acoustic)), tokens, visual, acoustic, emotion)
+        sizes = Sizes(utterance.id, turn, words, len(visual), len(acoustic))
+        spoken = self.text_features(utterance.text_features, utterance) if self.text_features is not None else None
+        return Encoded(sizes, tokens, visual, acoustic, emotion, text_features=spoken)
 
     def _emotion(self, utterance: Utterance, frames: int) -> np.ndarray:
         if frames == 0 or self.classes == 0:
@@ -98,6 +112,8 @@ def pack(items: list[Encoded], *, plan: MaskingPlan | None = None, encoder: Text
         whole = [item.sizes for item in items]
         tasks = plan.assign(whole, step)
         items = [item.without(modality) for item, modality in zip(items, plan.left_out(whole, tasks), strict=True)]
+        # Text features tell the words: nobody is asked for a withheld word with them in sight.
+        items = [item.without_text_features() if task is not None and task.modality == "text" else item for item, task in zip(items, tasks, strict=True)]
         items = [
             item.prompted(encoder, task.template) if task is not None and task.template and encoder is not None else item
             for item, task in zip(items, tasks, strict=True)
@@ -106,11 +122,13 @@ def pack(items: list[Encoded], *, plan: MaskingPlan | None = None, encoder: Text
     lengths = np.array([item.length for item in items], np.int64)
     starts = np.cumsum(lengths) - lengths
     text_lengths = np.array([len(item.tokens.ids) for item in items], np.int64)
+    spoken_lengths = np.array([item.spoken for item in items], np.int64)
     visual_lengths = np.array([len(item.visual) for item in items], np.int64)
     acoustic_lengths = np.array([len(item.acoustic) for item in items], np.int64)
     text_rows, text_positions = _rows(starts, text_lengths)
-    visual_rows, visual_positions = _rows(starts + text_lengths, visual_lengths)
-    acoustic_rows, acoustic_positions = _rows(starts + text_lengths + visual_lengths, acoustic_lengths)
+    spoken_rows, spoken_positions = _rows(starts + text_lengths, spoken_lengths)
+    visual_rows, visual_positions = _rows(starts + text_lengths + spoken_lengths, visual_lengths)
+    acoustic_rows, acoustic_positions = _rows(starts + text_lengths + spoken_lengths + visual_lengths, acoustic_lengths)
     text = np.concatenate([item.tokens.ids for item in items])
     masks = {"visual": np.zeros(len(visual_rows), bool), "acoustic": np.zeros(len(acoustic_rows), bool)}
     targets: dict[str, Targets] = {}
@@ -128,6 +146,7 @@ def pack(items: list[Encoded], *, plan: MaskingPlan | None = None, encoder: Text
             if spec.template:
                 rows, wanted = _ask_once(items, members, of_modality, starts)
         targets[spec.name] = Targets(torch.from_numpy(rows), torch.from_numpy(wanted))
+    spoken = [item.text_features for item in items if item.text_features is not None]
     return Batch(
         ids=[item.id for item in sizes],
         cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
@@ -146,6 +165,9 @@ def pack(items: list[Encoded], *, plan: MaskingPlan | None = None, encoder: Text
         acoustic_masked=torch.from_numpy(masks["acoustic"]),
         targets=targets | _label_targets(items, starts, text_rows, text_lengths),
         labels=torch.tensor([item.label for item in items], dtype=torch.int64),
+        text_features=torch.from_numpy(np.concatenate(spoken)) if spoken else None,
+        text_features_rows=torch.from_numpy(spoken_rows) if spoken else None,
+        text_features_positions=torch.from_numpy(spoken_positions) if spoken else None,
     )
 
 
@@ -208,4 +230,4 @@ def _label_targets(items: list[Encoded], starts: np.ndarray, text_rows: np.ndarr
 def utterance_or_none(utterance: Utterance, encoder: Encoder, turn: int) -> Encoded | None:
     """Encode an utterance that has anything to learn from; None otherwise."""
     item = encoder(utterance, turn)
-    return item if item is not None and item.sizes.words + item.sizes.visual + item.sizes.acoustic > 0 else None
+    return item if item is not None and item.sizes.words + item.spoken + item.sizes.visual + item.sizes.acoustic > 0 else None

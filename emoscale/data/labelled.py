@@ -83,9 +83,9 @@ class LabelEncoder(Encoder):
 
     def __init__(
         self, text: TextEncoder, visual: Features, acoustic: Features, *, labels: dict[str, int], template: str, modalities: list[str],
-        remember: bool = False,
+        remember: bool = False, text_features: Features | None = None,
     ) -> None:
-        super().__init__(text, visual, acoustic, 0)
+        super().__init__(text, visual, acoustic, 0, text_features)
         self.labels, self.template, self.modalities = labels, template, frozenset(modalities)
         self._known: dict[str, Encoded | None] | None = {} if remember else None
 
@@ -99,6 +99,8 @@ class LabelEncoder(Encoder):
 
     def _encode(self, utterance: Utterance) -> Encoded | None:
         kept = Utterance(id=utterance.id, text=utterance.text if "text" in self.modalities else "")
+        if "text" in self.modalities:
+            kept.text_features = utterance.text_features
         if "visual" in self.modalities:
             kept.visual = utterance.visual
         if "acoustic" in self.modalities:
@@ -193,8 +195,8 @@ def check_encoders(theirs: dict[str, Any], mine: dict[str, Any], corpus: str) ->
         theirs, mine: manifest of the model and of the corpus.
         corpus: name of the corpus, for the message.
     """
-    for key in ("visual", "acoustic"):
-        odd = differences({name: theirs[key][name] for name in ("encoder", "width")}, {name: mine[key][name] for name in ("encoder", "width")})
+    for key in ("visual", "acoustic", "text_features"):
+        odd = differences(*({name: (manifest.get(key) or {}).get(name) for name in ("encoder", "width")} for manifest in (theirs, mine)))
         if odd:
             raise DataError(f"{corpus}: its {key} features come from another encoder than the model's ({'; '.join(odd)}); prepare it alike")
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from emoscale.batch import COLUMNS, MODALITIES, Utterance
+from emoscale.batch import COLUMNS, MODALITIES, TEXT_FEATURES, Utterance
 from emoscale.config import DataError
 from emoscale.files import file_sha256
 from emoscale.kernels.philox import WORD, key_of, philox
@@ -86,7 +86,7 @@ class Corpus:
         entry = self._shards[shard]
         encodings = dict(zip(entry.get("column_names", []), entry.get("column_encodings", []), strict=False))
         # Any other encoding is refused too: pickle would run what it reads, another width would be read as noise.
-        if encodings != COLUMNS or "raw_data" not in entry:
+        if encodings not in (COLUMNS, COLUMNS | TEXT_FEATURES) or "raw_data" not in entry:
             raise DataError(f"{self.folder}: shard columns {encodings} are not an utterance's; prepare the corpus again")
         self._verify(entry["raw_data"])
         self._readers[shard] = MDSReader.from_json(str(self.folder), None, entry)
@@ -113,8 +113,8 @@ class Joined:
         self.manifest = parts[0].manifest
         self._firsts = np.cumsum([0, *(len(part) for part in parts)])
         for part in parts[1:]:
-            for key, names in {"acoustic": ("encoder", "width"), "visual": ("encoder", "width"), "visual_emotion": ("classes", "teacher_sha256")}.items():
-                mine, other = ({k: (m[key] or {}).get(k) for k in names} for m in (self.manifest, part.manifest))
+            for key, names in {"acoustic": ("encoder", "width"), "visual": ("encoder", "width"), "text_features": ("encoder", "width"), "visual_emotion": ("classes", "teacher_sha256")}.items():
+                mine, other = ({k: (m.get(key) or {}).get(k) for k in names} for m in (self.manifest, part.manifest))
                 if mine != other:
                     raise DataError(f"{part.folder}: {key} features are {other}, those of {parts[0].folder} are {mine}; prepare both alike")
 

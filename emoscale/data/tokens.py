@@ -154,6 +154,11 @@ class Features:
             raise DataError(f"manifest.json: mean {mean.shape} and std {std.shape} must be {width} finite numbers each; prepare the corpus again")
         return cls(width, max_frames or int(section["max_frames"]), mean, np.where(std > 0, std, 1.0).astype(np.float32))
 
+    @classmethod
+    def of_text(cls, manifest: dict[str, Any]) -> Features | None:
+        """Read a manifest's section on text features; None where the corpus has none."""
+        return cls.from_manifest(manifest["text_features"]) if manifest.get("text_features") else None
+
     def __call__(self, frames: np.ndarray, utterance: Utterance) -> np.ndarray:
         """Give the first frames as normalised float32 [T, D].
 

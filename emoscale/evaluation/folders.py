@@ -92,8 +92,10 @@ def corpus_section(corpus_folder: Path, *, command: str, title: str = "Corpus") 
 
 def _encoders(manifest: Mapping[str, Any]) -> str:
     rows = []
-    for modality in ("acoustic", "visual"):
+    for modality in ("acoustic", "visual", "text_features"):
         about = manifest.get(modality) or {}
+        if not about and modality == "text_features":
+            continue
         encoder = about.get("encoder") or {}
         values = [about.get("width", "–"), f"{1000 * about['frame_s']:.0f} ms" if "frame_s" in about else "–"]
         cells = [

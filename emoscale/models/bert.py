@@ -71,7 +71,7 @@ def read_bert(source: str, heads: int) -> dict[str, Tensor]:
 def load_bert(model: UnifiedTransformer, weights: dict[str, Tensor]) -> list[str]:
     """Copy BERT's embeddings and layers into the text path; give the names of the weights that had no place.
 
-    The visual embedder's type is BERT's second segment row; visual and acoustic embedders keep their own initialisation.
+    The visual embedder's type is BERT's second segment row; the embedders of frames keep their own initialisation.
 
     Raises:
         DataError: a weight is missing or of another shape; says which, nothing is copied.
@@ -81,7 +81,7 @@ def load_bert(model: UnifiedTransformer, weights: dict[str, Tensor]) -> list[str
     for i in range(len(model.layers)):
         mapped |= _layer(weights, i)
     own = model.state_dict()
-    wanted = [name for name in own if not name.startswith(("visual.", "acoustic."))]
+    wanted = [name for name in own if not name.startswith(("visual.", "acoustic.", "text_features."))]
     wrong = [f"{name}: checkpoint has {tuple(mapped[name].shape) if name in mapped else 'nothing'}, model {tuple(own[name].shape)}"
              for name in wanted if name not in mapped or mapped[name].shape != own[name].shape]
     more = f"encoder.layer.{len(model.layers)}."

@@ -28,7 +28,7 @@ class ModelConfig:
     positions: int = 512
     """Positions per modality, each restarting at 0."""
     init: str = ""
-    """Hugging Face id or folder of a BERT checkpoint to start from; empty = random (normal, 0.02)."""
+    """BERT (Hugging Face id or folder) or run folder of an earlier pre-training to start from; empty = random (normal, 0.02)."""
     activation_checkpointing: bool = False
     """Recompute each layer in backward instead of keeping its activations."""
 

@@ -93,4 +93,7 @@ def encode(backbone: UnifiedTransformer, batch: Batch) -> Float[Tensor, "t d"]:
         acoustic_masked=batch.acoustic_masked,
         cu_seqlens=batch.cu_seqlens,
         max_seqlen=batch.max_seqlen,
+        text_features=batch.text_features,
+        text_features_rows=batch.text_features_rows,
+        text_features_positions=batch.text_features_positions,
     )

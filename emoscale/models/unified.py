@@ -45,6 +45,7 @@ class UnifiedTransformer(nn.Module):
     Args:
         vocabulary: tokens of the tokenizer.
         visual_width: features per face frame; `acoustic_width`: per voice frame.
+        text_width: features per frame of text features; 0 = the corpus has none.
         layers, width, heads, ffn, positions, dropout: see `ModelConfig`.
         attention: implementation of `kernels.varlen_attention`.
     """
@@ -55,6 +56,7 @@ class UnifiedTransformer(nn.Module):
         vocabulary: int,
         visual_width: int,
         acoustic_width: int,
+        text_width: int = 0,
         layers: int,
         width: int,
         heads: int,
@@ -71,6 +73,7 @@ class UnifiedTransformer(nn.Module):
         self.text = TextEmbedder(vocabulary, width, positions, dropout)
         self.visual = FrameEmbedder(visual_width, width, positions, dropout, own_type=False)
         self.acoustic = FrameEmbedder(acoustic_width, width, positions, dropout, own_type=True)
+        self.text_features = FrameEmbedder(text_width, width, positions, dropout, own_type=False) if text_width else None
         self.layers = nn.ModuleList(Layer(width, heads, ffn, dropout) for _ in range(layers))
         self.apply(initialise)
 
@@ -90,6 +93,9 @@ class UnifiedTransformer(nn.Module):
         acoustic_masked: Bool[Tensor, " a"],
         cu_seqlens: Int[Tensor, " b1"],
         max_seqlen: int,
+        text_features: Float[Tensor, "l g"] | None = None,
+        text_features_rows: Int[Tensor, " l"] | None = None,
+        text_features_positions: Int[Tensor, " l"] | None = None,
     ) -> Float[Tensor, "t d"]:
         """Give the hidden state of every packed token.
 
@@ -97,12 +103,21 @@ class UnifiedTransformer(nn.Module):
         parameters (ZeRO is silently wrong otherwise).
         """
         type_row = self.text.types(text_positions.new_ones(1))[0]
-        parts = torch.cat([
+        embedded = [
             self.text(text, text_positions),
             self.visual(visual, visual_masked, visual_positions, type_row),
             self.acoustic(acoustic, acoustic_masked, acoustic_positions),
-        ])
-        rows = torch.cat([text_rows, visual_rows, acoustic_rows])
+        ]
+        placed = [text_rows, visual_rows, acoustic_rows]
+        if self.text_features is not None:
+            assert text_features is not None  # the corpus has them, so every batch has
+            assert text_features_rows is not None
+            assert text_features_positions is not None
+            shown = torch.zeros_like(text_features_positions, dtype=torch.bool)
+            type_row = self.text.types(text_positions.new_zeros(1))[0]
+            embedded.append(self.text_features(text_features, shown, text_features_positions, type_row))
+            placed.append(text_features_rows)
+        parts, rows = torch.cat(embedded), torch.cat(placed)
         x = torch.empty_like(parts).index_copy(0, rows, parts)
         for layer in self.layers:
             if self.activation_checkpointing and self.training:

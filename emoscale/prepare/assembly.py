@@ -17,7 +17,7 @@ from typing import Any
 from emoscale.batch import Utterance
 from emoscale.config import DataError, to_dict
 from emoscale.prepare import vocabulary
-from emoscale.prepare.extract import PRECOMPUTED, Extractor, PreprocessConfig
+from emoscale.prepare.extract import MAX_TEXT_FEATURES, PRECOMPUTED, Extractor, PreprocessConfig
 from emoscale.prepare.parts import ARRAYS, PARTS, Head, PartStore
 from emoscale.prepare.shards import (
     LEDGER,
@@ -118,7 +118,7 @@ def _kept(
     """Give the utterances of all parts; those without a required modality are counted in `dropped`."""
     for name in names:
         for utterance in store.utterances(name):
-            absent = next((modality for modality in require if not len(getattr(utterance, modality))), None)
+            absent = next((modality for modality in require if not utterance.has(modality)), None)
             if absent is None:
                 yield utterance
             else:
@@ -128,7 +128,7 @@ def _kept(
 def _frame(heads: dict[str, Head], preprocess: PreprocessConfig, teacher: Path | None) -> dict[str, Any]:
     """Find what all parts have in common: encoders, widths, and the classes of the teacher."""
     described = [head.encoders for head in heads.values() if head.encoders]
-    widths = {column: max((head.widths[column] for head in heads.values()), default=0) for column in ARRAYS}
+    widths = {column: max((head.widths.get(column, 0) for head in heads.values()), default=0) for column in ARRAYS}
     if not described and any(widths.values()):
         voice, face = (
             {"encoder": {"name": PRECOMPUTED, "revision": ""}, "width": widths[name], "frame_s": step}
@@ -152,17 +152,24 @@ def _frame(heads: dict[str, Head], preprocess: PreprocessConfig, teacher: Path |
             "acoustic": common["acoustic"]["width"],
             "visual": common["visual"]["width"],
             "visual_emotion": len(common["classes"]),
-        },
+        }
+        | ({"text_features": widths["text_features"]} if widths["text_features"] else {}),
         "acoustic": common["acoustic"],
         "visual": common["visual"],
         "visual_emotion": emotion if common["classes"] else None,
-    }
+    } | (
+        {"text_features": {"encoder": {"name": PRECOMPUTED, "revision": ""}, "width": widths["text_features"]}}
+        if widths["text_features"]
+        else {}
+    )
 
 
 def _manifest(
     frame: dict[str, Any], statistics: Statistics, shards: list[dict[str, Any]], preprocess: PreprocessConfig
 ) -> dict[str, Any]:
     limits = {"acoustic": preprocess.acoustic.max_frames, "visual": preprocess.visual.max_frames}
+    if "text_features" in frame:
+        limits["text_features"] = MAX_TEXT_FEATURES
     manifest: dict[str, Any] = {"schema": SCHEMA, "kind": "feature", "counts": statistics.counts}
     for name, limit in limits.items():
         mean, std = statistics.mean_std(name, frame[name]["width"])

@@ -97,7 +97,8 @@ class Extractor:
         """
         config = from_mapping(PreprocessConfig, manifest["preprocess"], "preprocess")
         if (
-            manifest["acoustic"]["encoder"]["name"] == PRECOMPUTED
+            manifest.get("text_features")
+            or manifest["acoustic"]["encoder"]["name"] == PRECOMPUTED
             or manifest["visual"]["encoder"]["name"] == PRECOMPUTED
         ):
             raise DataError(
@@ -229,9 +230,8 @@ class Extractor:
             utterance.acoustic = self.acoustic.encode(wave)[: config.acoustic.max_frames]
         if reader.pictures is not None and "visual" not in given:
             utterance.visual, utterance.visual_emotion = self._face(utterance, end, wave, reader.pictures, notes)
-        for name, limit in zip(
-            FEATURES, (config.acoustic.max_frames, config.visual.max_frames, config.visual.max_frames), strict=True
-        ):
+        limits = (config.acoustic.max_frames, config.visual.max_frames, config.visual.max_frames, MAX_TEXT_FEATURES)
+        for name, limit in zip(FEATURES, limits, strict=True):
             if name in given:
                 with np.errstate(
                     over="ignore"
@@ -259,6 +259,8 @@ class Extractor:
         return self.visual.encode(tracks[choice.track].crops[:: config.visual.every][: config.visual.max_frames])
 
 
+MAX_TEXT_FEATURES = 128
+"""Frames of text features kept per utterance."""
 PRECOMPUTED = "precomputed"
 """Encoder name of features that a manifest brought along."""
 
@@ -313,9 +315,9 @@ def _missing(utterance: Utterance) -> list[str]:
     return [
         note
         for note, absent in (
-            ("no_text", not utterance.text),
-            ("no_audio", not len(utterance.acoustic)),
-            ("no_face", not len(utterance.visual)),
+            ("no_text", not utterance.has("text")),
+            ("no_audio", not utterance.has("acoustic")),
+            ("no_face", not utterance.has("visual")),
         )
         if absent
     ]

@@ -22,7 +22,7 @@ from emoscale.batch import COLUMNS, Utterance
 from emoscale.config import DataError
 
 PARTS = ".parts"
-ARRAYS = ("acoustic", "visual", "visual_emotion")
+ARRAYS = ("acoustic", "visual", "visual_emotion", "text_features")
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
@@ -114,13 +114,13 @@ class PartStore:
         try:
             with _opened(path) as stored:
                 records = json.loads(stored["head"].tobytes())["records"]
-                columns: dict[str, Any] = {c: _split(stored[c], stored[f"{c}.shapes"]) for c in ARRAYS}
+                columns: dict[str, Any] = {c: _split(stored[c], stored[f"{c}.shapes"]) for c in ARRAYS if c in stored}
         except DAMAGED as error:
             path.unlink(missing_ok=True)
             raise DataError(
                 f"{path}: the part of {name} is damaged ({error}) and was removed; run `emoscale prepare` again"
             ) from error
-        return [Utterance(**record | {c: columns[c][i] for c in ARRAYS}) for i, record in enumerate(records)]
+        return [Utterance(**record | {c: values[i] for c, values in columns.items()}) for i, record in enumerate(records)]
 
     def clean(self) -> None:
         """Remove what killed writers left."""

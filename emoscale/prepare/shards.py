@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from emoscale.batch import COLUMNS, Utterance
+from emoscale.batch import COLUMNS, TEXT_FEATURES, Utterance
 from emoscale.config import DataError
 from emoscale.files import file_sha256
 from emoscale.prepare.parts import PARTS
@@ -20,13 +20,17 @@ SCHEMA = 1
 MANIFEST, LEDGER, INDEX, TOKENIZER = "manifest.json", "ledger.jsonl", "index.json", "tokenizer"
 
 
+MEASURED = ("acoustic", "visual", "text_features")
+"""What a manifest holds normalisation constants of."""
+
+
 @dataclass
 class Statistics:
     """Counts and sums over the utterances of a corpus, in their order."""
 
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     """What the manifest says under `counts`."""
-    _frames: dict[str, int] = field(default_factory=lambda: {"acoustic": 0, "visual": 0})
+    _frames: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MEASURED, 0))
     _sums: dict[str, np.ndarray] = field(default_factory=dict)
     _squares: dict[str, np.ndarray] = field(default_factory=dict)
     _dialogues: set[str] = field(default_factory=set)
@@ -37,14 +41,16 @@ class Statistics:
         counts = self.counts
         counts["utterances"] += 1
         counts["words"] += len(utterance.text.split())
-        counts["without_text"] += not utterance.text
-        counts["without_audio"] += not len(utterance.acoustic)
-        counts["without_face"] += not len(utterance.visual)
+        counts["without_text"] += not utterance.has("text")
+        counts["without_audio"] += not utterance.has("acoustic")
+        counts["without_face"] += not utterance.has("visual")
         self._dialogues.add(utterance.dialogue)
         self._speakers.update({utterance.speaker} - {""})
-        for name in ("acoustic", "visual"):
+        for name in MEASURED:
             values = getattr(utterance, name).astype(np.float64)
-            counts[f"{name}_frames"] += len(values)
+            self._frames[name] += len(values)
+            if f"{name}_frames" in counts:
+                counts[f"{name}_frames"] += len(values)
             if len(values):
                 self._sums[name] = self._sums.get(name, 0.0) + values.sum(axis=0)
                 self._squares[name] = self._squares.get(name, 0.0) + np.square(values).sum(axis=0)
@@ -52,7 +58,7 @@ class Statistics:
 
     def mean_std(self, name: str, width: int) -> tuple[list[float], list[float]]:
         """Give the normalisation constants of a modality; a value that never changes keeps its scale."""
-        frames = self.counts[f"{name}_frames"]
+        frames = self._frames[name]
         if not frames:
             return [0.0] * width, [1.0] * width
         mean = self._sums[name] / frames
@@ -82,7 +88,7 @@ def write_shards(
 
     Args:
         utterances: what to write; checked to have the same widths.
-        widths: columns of `acoustic`, `visual` and `visual_emotion` in this corpus.
+        widths: columns of `acoustic`, `visual`, `visual_emotion` and, where the corpus has them, `text_features`.
         folder: new folder for `shard.*.mds` and `index.json`.
         shard_bytes: largest size of a shard.
 
@@ -91,8 +97,8 @@ def write_shards(
     """
     from streaming import MDSWriter
 
-    statistics = Statistics()
-    with MDSWriter(columns=COLUMNS, out=str(folder), hashes=["sha256"], size_limit=shard_bytes) as writer:
+    statistics, columns = Statistics(), COLUMNS | (TEXT_FEATURES if "text_features" in widths else {})
+    with MDSWriter(columns=columns, out=str(folder), hashes=["sha256"], size_limit=shard_bytes) as writer:
         for utterance in utterances:
             _fit(utterance, widths)
             statistics.add(utterance)

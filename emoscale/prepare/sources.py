@@ -32,8 +32,9 @@ COLUMNS = (
     "acoustic",
     "visual",
     "visual_emotion",
+    "text_features",
 )
-FEATURES = ("acoustic", "visual", "visual_emotion")
+FEATURES = ("acoustic", "visual", "visual_emotion", "text_features")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Row:
     label: dict[str, Any] = field(default_factory=dict)
     """Annotations, with `split` among them where the manifest names one."""
     features: dict[str, str] = field(default_factory=dict)
-    """Arrays that take the place of extraction: `file.npy`, `file.npz:key`, `file.csv:3` or `file.csv:3-10`."""
+    """Arrays that take the place of extraction: `file.npy`, `file.npz:key`, `file.csv:3` or `file.csv:3-10`; a table's columns
+    by number or name behind an @, `file.csv:3@0..99` or `file.csv:3@f0_mean..jitter`."""
 
 
 @dataclass(frozen=True)
@@ -345,32 +347,46 @@ def _load(file: str) -> Any:
 
 
 def _from_table(file: str, part: str) -> np.ndarray:
-    table = _table(file)
-    first, _, last = part.partition("-")
+    rows, _, columns = part.partition("@")
+    first, _, last = rows.partition("-")
     if not first.isdigit() or (last and not last.isdigit()):
         raise DataError(
             f"{file}:{part}: write file.csv:3 for one row or file.csv:3-10 for several, counted from 0 below the header"
         )
+    table = _table(file, columns)
     begin, end = int(first), int(last or first)
     if not begin <= end < len(table):
         raise DataError(f"{file}:{part}: the file has rows 0 to {len(table) - 1}")
     return table[begin : end + 1]
 
 
-@functools.lru_cache(maxsize=4)
-def _table(file: str) -> np.ndarray:
-    """Read the columns of a CSV that hold numbers in its first row of data; a first line of words is a header."""
+@functools.lru_cache(maxsize=8)
+def _table(file: str, columns: str) -> np.ndarray:
+    """Read columns of a CSV, all that hold numbers in its first row unless they are named; a first line of words is a header."""
     with open(file, encoding="utf-8-sig", newline="") as lines:
         rows = [row for row in csv.reader(lines) if row]
+    header: list[str] = []
     if rows and not any(_is_number(cell) for cell in rows[0]):
-        rows = rows[1:]
+        header, rows = rows[0], rows[1:]
     if not rows:
         return np.zeros((0, 0), np.float32)
-    wanted = [i for i, cell in enumerate(rows[0]) if _is_number(cell)]
+    wanted = _columns(file, columns, header, len(rows[0])) if columns else [i for i, cell in enumerate(rows[0]) if _is_number(cell)]
     return np.array(
         [[float(row[i]) if i < len(row) and _is_number(row[i]) else math.nan for i in wanted] for row in rows],
         np.float32,
     )
+
+
+def _columns(file: str, columns: str, header: list[str], count: int) -> list[int]:
+    """Give the numbers of `first..last`, each a number from 0 or a name of the header."""
+    first, _, last = columns.partition("..")
+    places = []
+    for name in (first, last or first):
+        place = header.index(name) if name in header else int(name) if name.isdigit() else -1
+        if not 0 <= place < count:
+            raise DataError(f"{file}@{columns}: {name!r} is no column; write @first..last with {'names of the header or ' if header else ''}numbers from 0 to {count - 1}")
+        places.append(place)
+    return list(range(places[0], places[1] + 1))
 
 
 def _is_number(cell: str) -> bool:

@@ -108,12 +108,10 @@ class EmotionModel:
         shape = _read(folder / "config.json")["shape"]
         if len(tokenizer) != shape["vocabulary"]:
             raise DataError(f"{folder}: the tokenizer has {len(tokenizer)} pieces, the model {shape['vocabulary']}; this is another model's tokenizer")
-        for name in ("visual", "acoustic"):
-            if self.manifest[name]["width"] != shape[f"{name}_width"]:
-                raise DataError(
-                    f"{folder}: preprocessor_config.json gives {self.manifest[name]['width']} {name} features, the model takes "
-                    f"{shape[f'{name}_width']}; it is another model's"
-                )
+        for name, key in {"visual": "visual_width", "acoustic": "acoustic_width", "text_features": "text_width"}.items():
+            given = (self.manifest.get(name) or {"width": 0})["width"]
+            if given != shape.get(key, 0):
+                raise DataError(f"{folder}: preprocessor_config.json gives {given} {name} features, the model takes {shape.get(key, 0)}; it is another model's")
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _load_weights(folder).eval()
         nn.Module.to(self.model, self.device)
@@ -123,6 +121,7 @@ class EmotionModel:
         self.encoder = LabelEncoder(
             TextEncoder(tokenizer, config.max_text), Features.from_manifest(self.manifest["visual"]),
             Features.from_manifest(self.manifest["acoustic"]), labels={}, template=template, modalities=config.modalities or list(MODALITIES),
+            text_features=Features.of_text(self.manifest),
         )
         self._folder = folder
         self._extractor: Extractor | None = None

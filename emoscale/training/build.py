@@ -12,11 +12,11 @@ from emoscale.config import ConfigError, from_mapping
 from emoscale.data.collate import Encoder
 from emoscale.data.masking import MaskingPlan, MaskSpec
 from emoscale.data.tokens import class_words
-from emoscale.models.bert import MLM_HEAD, load_bert, read_bert
 from emoscale.models.config import ModelConfig
 from emoscale.models.task import Sizes, Task, TaskModel
 from emoscale.models.unified import UnifiedTransformer
 from emoscale.objectives import OBJECTIVES
+from emoscale.training.start import start_from
 
 log = logging.getLogger("emoscale")
 SPOKEN = "utterance_emotion"
@@ -63,15 +63,15 @@ def build(
             raise ConfigError(f"objectives.{SPOKEN}.{error}") from error
     sizes = Sizes(shape["width"], shape["vocabulary"], shape["visual_width"], shape["acoustic_width"], encoder.classes, tuple(words))
     modules: dict[str, Task] = {name: OBJECTIVES[name](sizes) for name, config in configs.items()}
-    if model.init:
-        _start_from_bert(model.init, backbone, modules)
     specs = [
         MaskSpec(name, OBJECTIVES[name].modality, config.mix, config.ratio, config.span, config.whole_word, getattr(config, "template", ""))
         for name, config in configs.items()
     ]
     plan = MaskingPlan(specs, seed, per_step=per_step, modality_dropout=modality_dropout)
-    weights = {name: config.weight for name, config in configs.items()}
-    return Built(TaskModel(backbone, modules, weights), plan, encoder, shape)
+    whole = TaskModel(backbone, modules, {name: config.weight for name, config in configs.items()})
+    if model.init:
+        start_from(model.init, whole, encoder.text.tokenizer)
+    return Built(whole, plan, encoder, shape)
 
 
 def backbone_shape(model: ModelConfig, encoder: Encoder) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def backbone_shape(model: ModelConfig, encoder: Encoder) -> dict[str, Any]:
         "positions": model.positions,
         "dropout": model.dropout,
         "activation_checkpointing": model.activation_checkpointing,
-    }
+    } | ({"text_width": encoder.text_features.width} if encoder.text_features is not None else {})
 
 
 def read_objectives(objectives: dict[str, Any]) -> dict[str, Any]:
@@ -101,14 +101,3 @@ def read_objectives(objectives: dict[str, Any]) -> dict[str, Any]:
         name: from_mapping(kind.Config, objectives[name] or {}, f"objectives.{name}") for name, kind in OBJECTIVES.items() if name in objectives
     }
     return {name: config for name, config in configs.items() if config.mix > 0}
-
-
-def _start_from_bert(source: str, backbone: UnifiedTransformer, objectives: dict[str, Task]) -> None:
-    weights = read_bert(source, backbone.heads)
-    left = load_bert(backbone, weights)
-    speaking = [objectives[name] for name in ("masked_text", SPOKEN) if name in objectives]
-    if speaking and all(name in weights for name in MLM_HEAD):
-        for objective in speaking:
-            objective.get_submodule("head").load_state_dict({ours: weights[theirs] for theirs, ours in MLM_HEAD.items()})
-        left = [name for name in left if not name.startswith("cls.predictions")]
-    log.info("model.init: %s loaded%s", source, f"; without a place here: {', '.join(left)}" if left else "")

@@ -28,6 +28,7 @@ from emoscale.training.environment import environment, open_log
 from emoscale.training.finetune_outcomes import Outcome, Outcomes, fingerprint, folder_name
 from emoscale.training.finetune_report import summarise
 from emoscale.training.finetune_run import Arm, Recipe, first_loss_is_finite, run_arm, start_of
+from emoscale.training.start import find_checkpoint
 
 log = logging.getLogger("emoscale")
 
@@ -37,7 +38,7 @@ class ArmConfig:
     """One way to get from utterances to emotions; arms of a run are compared on the same folds and seeds."""
 
     init: str = ""
-    """Checkpoint or run folder to start from, `{seed}` is filled in; empty = from scratch (the paper's "Direct")."""
+    """Checkpoint or run folder to start from, `{seed}` and `{fold}` (its name in the report) are filled in; empty = from scratch (the paper's "Direct")."""
     head: dict[str, Any] = field(default_factory=lambda: {"name": "classify"})
     """Head and its options: `{name: classify, pooling: cls}` or `{name: prompt, over: vocabulary}`."""
     mode: Literal["full", "frozen", "lora"] = "full"
@@ -47,7 +48,7 @@ class ArmConfig:
     fraction: float = 1.0
     """Share of the training labels that is used, in (0, 1]; the same seed draws nested shares."""
     text_init: str = ""
-    """Hugging Face id or folder of a BERT for the text path of an arm without `init`; empty = `model.init`."""
+    """BERT (Hugging Face id or folder) or run folder for the text path of an arm without `init`; empty = `model.init`."""
 
     def validate(self) -> None:
         """Check names."""
@@ -169,7 +170,7 @@ def finetune(config: FinetuneConfig) -> Path:
     outcomes: list[Outcome] = []
     for (name, arm), seed, fold in itertools.product(arms.items(), config.seeds, folds):
         train = label_fraction(fold.train, data.labels, arm.fraction, seed)
-        made_from = _made_from(config, arm, seed) | {"seed": seed, "fold": fold.name}
+        made_from = _made_from(config, arm, arm.inits[seed, fold.name]) | {"seed": seed, "fold": fold.name}
         outcome = kept.find(name, seed, fold.name, made_from)
         known = "known: " if outcome is not None else ""
         if outcome is None:
@@ -191,11 +192,10 @@ _ELSEWHERE = {"output", "arms", "init", "head", "mode", "modalities", "fraction"
 """Keys that an outcome does not depend on, or that its arm, seed and fold say better."""
 
 
-def _made_from(config: FinetuneConfig, arm: Arm, seed: int | None) -> dict[str, Any]:
-    """List what the outcomes of an arm depend on; `seed` None leaves the checkpoints out, which differ between seeds."""
+def _made_from(config: FinetuneConfig, arm: Arm, source: Path | None) -> dict[str, Any]:
+    """List what the outcomes of an arm that starts from this checkpoint depend on; None leaves checkpoints, of which it may have several, out."""
     given = {key: value for key, value in to_dict(config).items() if key not in _ELSEWHERE}
     files = [Path(config.corpus) / "manifest.json", *([Path(config.labels)] if config.labels else [])]
-    source = arm.inits[seed] if seed is not None else None
     files += [source / "manifest.json"] if source is not None else []
     return given | {
         "arm": [arm.head.target, vars(arm.options), arm.mode, arm.modalities, arm.words, arm.fraction, vars(arm.model), any(arm.inits.values())],
@@ -208,7 +208,7 @@ def check(config: FinetuneConfig) -> None:
     arms, data, folds = _prepare(config)
     for name, arm in arms.items():
         rows = label_fraction(folds[0].train, data.labels, arm.fraction, config.seeds[0])
-        if not first_loss_is_finite(arm, _recipe(config), data, rows, config.seeds[0]):
+        if not first_loss_is_finite(arm, _recipe(config), data, rows, config.seeds[0], arm.inits[config.seeds[0], folds[0].name]):
             raise EmoscaleError(f"arms.{name}: loss or gradient of one step is not finite; look at its checkpoint")
 
 
@@ -244,9 +244,10 @@ def _prepare(config: FinetuneConfig) -> tuple[dict[str, Arm], LabelledSet, list[
             raise ConfigError(f"compare: {pair} is not a pair of arms; there are {', '.join(read)}")
     if len({folder_name(name) for name in read}) < len(read):
         raise ConfigError(f"arms: two of {', '.join(read)} would write the same folder of models; rename one")
-    arms = {name: _arm(config, arm, data) for name, arm in read.items()}
-    for arm, seed in itertools.product(arms.values(), config.seeds):
-        start_of(arm, _recipe(config), data, seed)
+    arms = {name: _arm(config, arm, data, [fold.name for fold in folds]) for name, arm in read.items()}
+    for arm in arms.values():
+        for source in dict.fromkeys(arm.inits.values()):
+            start_of(arm, _recipe(config), data, source)
     return arms, data, folds
 
 
@@ -257,8 +258,10 @@ def _check_reported(config: FinetuneConfig) -> None:
             raise ConfigError(f"{key}: {path} does not exist; name another, or leave it out")
 
 
-def _arm(config: FinetuneConfig, arm: ArmConfig, data: LabelledSet) -> Arm:
-    inits = {seed: find_checkpoint(arm.init.replace("{seed}", str(seed))) if arm.init else None for seed in config.seeds}
+def _arm(config: FinetuneConfig, arm: ArmConfig, data: LabelledSet, folds: list[str]) -> Arm:
+    names = {(seed, fold): arm.init.replace("{seed}", str(seed)).replace("{fold}", fold) for seed in config.seeds for fold in folds}
+    found = {name: find_checkpoint(name) if name else None for name in dict.fromkeys(names.values())}
+    inits = {key: found[name] for key, name in names.items()}
     first = next(iter(inits.values()))
     tokenizer = load_tokenizer(config.tokenizer or (str(first / "assets" / "tokenizer") if first else ""), Path(config.corpus))
     options = {key: value for key, value in arm.head.items() if key != "name"}
@@ -275,20 +278,3 @@ def _folds(config: FinetuneConfig, data: LabelledSet) -> list[Fold]:
     if config.protocol == "speaker_folds":
         return speaker_folds(data.speakers, data.groups if any(data.groups) else None, config.folds, 0, ids=data.ids)
     return make_folds(config.protocol, data.speakers, sessions=data.sessions, splits=data.splits, folds=config.folds, ids=data.ids)
-
-
-def find_checkpoint(path: str) -> Path:
-    """Give the checkpoint that a path names: itself, or the newest whole one of a run folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    from emoscale.training import checkpoint
-
-    folder = Path(path)
-    if (folder / "weights.safetensors").is_file():
-        return folder
-    found = checkpoint.find_latest(folder / "checkpoints") if folder.is_dir() else None
-    if found is None:
-        raise ConfigError(f"init: {path} holds no checkpoint; `emoscale pretrain` writes them to <run.output>/checkpoints")
-    return found

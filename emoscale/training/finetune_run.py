@@ -25,7 +25,6 @@ from emoscale.evaluation.predictions import Predictions
 from emoscale.evaluation.protocols import Fold
 from emoscale.heads import Head
 from emoscale.heads.prompt import Prompt
-from emoscale.models.bert import MLM_HEAD, load_bert, read_bert
 from emoscale.models.config import ModelConfig
 from emoscale.models.task import Sizes, TaskModel, encode
 from emoscale.models.unified import UnifiedTransformer
@@ -37,6 +36,7 @@ from emoscale.training.finetune_outcomes import Outcome, folder_name
 from emoscale.training.loop import Hooks, train
 from emoscale.training.lora import add_lora, merged_state
 from emoscale.training.schedule import learning_rate
+from emoscale.training.start import start_from
 
 log = logging.getLogger("emoscale")
 WORDS = ("utterance_emotion", "masked_text")
@@ -47,8 +47,8 @@ WORDS = ("utterance_emotion", "masked_text")
 class Arm:
     """One arm, read and checked."""
 
-    inits: dict[int, Path | None]
-    """Checkpoint per seed; None = from scratch."""
+    inits: dict[tuple[int, str], Path | None]
+    """Checkpoint per seed and name of a fold; None = from scratch."""
     head: type[Head]
     options: Any
     mode: Literal["full", "frozen", "lora"]
@@ -94,8 +94,9 @@ def run_arm(
     name: str, arm: Arm, recipe: Recipe, data: LabelledSet, fold: Fold, train_rows: np.ndarray, seed: int, world: distributed.World, made_from: str
 ) -> Outcome:
     """Train and test one arm on one fold with one seed; `made_from` names the configuration that its models belong to."""
-    encoder, shape = start_of(arm, recipe, data, seed)
-    model = _build(arm, shape, data, train_rows, seed).to(distributed.device())
+    source = arm.inits[seed, fold.name]
+    encoder, shape = start_of(arm, recipe, data, source)
+    model = _build(arm, shape, data, train_rows, seed, source).to(distributed.device())
     engine = Engine(model, recipe.optim, ZeroConfig(0), "fp32")
     best = _train(engine, model, arm, recipe, data, fold, train_rows, encoder, seed, world)
     assert best.state is not None
@@ -107,19 +108,18 @@ def run_arm(
     )
     outcome = Outcome(name, seed, fold.name, best.step, validation, _uar(predictions.predicted, predictions.truth, len(data.classes)), predictions, answers, len(train_rows))
     if recipe.models is not None and world.is_main:
-        _save(recipe, outcome, arm, model, shape, data, arm.inits[seed], made_from)
+        _save(recipe, outcome, arm, model, shape, data, source, made_from)
     engine.close()
     return outcome
 
 
-def start_of(arm: Arm, recipe: Recipe, data: LabelledSet, seed: int) -> tuple[LabelEncoder, dict[str, Any]]:
+def start_of(arm: Arm, recipe: Recipe, data: LabelledSet, source: Path | None) -> tuple[LabelEncoder, dict[str, Any]]:
     """Give what an arm starts from: its encoder, and the keyword arguments of its backbone.
 
     Raises:
         ConfigError: the prompt head finds no pre-trained words, or texts and frames may be longer than the model has positions.
         DataError: the checkpoint's tokenizer, encoders or widths are others; nothing is loaded.
     """
-    source = arm.inits[seed]
     encoder = _encoder(arm, recipe, data, source)
     shape = backbone_shape(arm.model, encoder)
     if source is not None:
@@ -132,17 +132,17 @@ def start_of(arm: Arm, recipe: Recipe, data: LabelledSet, seed: int) -> tuple[La
     return encoder, shape
 
 
-def first_loss_is_finite(arm: Arm, recipe: Recipe, data: LabelledSet, rows: np.ndarray, seed: int, count: int = 8) -> bool:
+def first_loss_is_finite(arm: Arm, recipe: Recipe, data: LabelledSet, rows: np.ndarray, seed: int, source: Path | None, count: int = 8) -> bool:
     """Run one step of an arm on its first rows, without a GPU; say whether loss and gradients are finite."""
-    encoder, shape = start_of(arm, recipe, data, seed)
-    model = _build(arm, shape, data, rows, seed)
+    encoder, shape = start_of(arm, recipe, data, source)
+    model = _build(arm, shape, data, rows, seed, source)
     items = [item for item in (encoder(data[int(row)]) for row in rows[:count]) if item is not None]
     loss, _ = model(pack(items), {arm.head.target: 1.0})
     loss.backward()
     return all(bool(value.isfinite().all()) for value in [loss, *(p.grad for p in model.parameters() if p.grad is not None)])
 
 
-def _build(arm: Arm, shape: dict[str, Any], data: LabelledSet, rows: np.ndarray, seed: int) -> TaskModel:
+def _build(arm: Arm, shape: dict[str, Any], data: LabelledSet, rows: np.ndarray, seed: int, source: Path | None) -> TaskModel:
     """Build backbone and head, load what they start from, and freeze what is not trained."""
     torch.manual_seed(seed)
     backbone = UnifiedTransformer(**shape)
@@ -152,11 +152,10 @@ def _build(arm: Arm, shape: dict[str, Any], data: LabelledSet, rows: np.ndarray,
         counts = np.bincount(data.labels[rows], minlength=len(data.classes))
         head.class_weights.copy_(torch.from_numpy(counts.sum() / np.maximum(counts, 1) / len(counts)))
     model = TaskModel(backbone, {arm.head.target: head}, {arm.head.target: 1.0})
-    source = arm.inits[seed]
     if source is not None:
         _load(model, checkpoint.load(source).weights)
     elif arm.model.init:
-        _load_bert(model, arm.model.init)
+        start_from(arm.model.init, model, arm.tokenizer)
     if arm.mode != "full":
         backbone.requires_grad_(False)
     if arm.mode == "lora":
@@ -235,16 +234,16 @@ def _encoder(arm: Arm, recipe: Recipe, data: LabelledSet, source: Path | None) -
     labels = dict(zip(data.ids, data.labels.tolist(), strict=True))
     return LabelEncoder(
         TextEncoder(arm.tokenizer, recipe.max_text), Features.from_manifest(manifest["visual"]), Features.from_manifest(manifest["acoustic"]),
-        labels=labels, template=arm.template, modalities=arm.modalities, remember=True,
+        labels=labels, template=arm.template, modalities=arm.modalities, remember=True, text_features=Features.of_text(manifest),
     )
 
 
 def _saved_shape(source: Path, wanted: dict[str, Any], arm: Arm) -> dict[str, Any]:
     described = json.loads((source / "assets" / "model.json").read_text())
     shape = described["shape"]
-    for key in ("vocabulary", "visual_width", "acoustic_width"):
-        if shape[key] != wanted[key]:
-            raise DataError(f"{source}: {key} is {shape[key]} in the checkpoint, {wanted[key]} here; nothing was loaded")
+    for key in ("vocabulary", "visual_width", "acoustic_width", "text_width"):
+        if shape.get(key, 0) != wanted.get(key, 0):
+            raise DataError(f"{source}: {key} is {shape.get(key, 0)} in the checkpoint, {wanted.get(key, 0)} here; nothing was loaded")
     if load_tokenizer(str(source / "assets" / "tokenizer"), None).get_vocab() != arm.tokenizer.get_vocab():
         raise DataError(f"{source}: its tokenizer numbers other words than the one given here; nothing was loaded; leave tokenizer empty")
     if arm.head.target == "prompt" and not set(WORDS) & set(described["objectives"]):
@@ -258,14 +257,6 @@ def _load(model: TaskModel, weights: dict[str, Tensor]) -> None:
         if isinstance(head, Prompt):
             learned = [words for name in WORDS if (words := _below(f"tasks.{name}.head.", weights))]
             head.head.load_state_dict(learned[0])
-
-
-def _load_bert(model: TaskModel, name: str) -> None:
-    weights = read_bert(name, model.backbone.heads)
-    load_bert(model.backbone, weights)
-    for head in model.tasks.values():
-        if isinstance(head, Prompt) and all(theirs in weights for theirs in MLM_HEAD):
-            head.head.load_state_dict({ours: weights[theirs] for theirs, ours in MLM_HEAD.items()})
 
 
 def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

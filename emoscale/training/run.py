@@ -252,6 +252,7 @@ def make_encoder(data: DataConfig, corpus: Utterances, tokenizer: Any) -> Encode
         Features.from_manifest(corpus.manifest["visual"], data.max_visual),
         Features.from_manifest(corpus.manifest["acoustic"], data.max_acoustic),
         len(expressions_of(corpus)),
+        Features.of_text(corpus.manifest),
     )
 
 

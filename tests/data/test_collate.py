@@ -44,6 +44,35 @@ def test_rows_follow_the_legend() -> None:
     assert batch.targets == {}
 
 
+def with_text_features(number: int, *size: int, spoken: int) -> Encoded:
+    item = encoded(number, *size)
+    item.text_features = np.random.default_rng(number).normal(size=(spoken, 4)).astype(np.float32)
+    return item
+
+
+def test_text_features_stand_behind_the_words(encoder: Encoder) -> None:
+    parts = [with_text_features(0, 4, 2, 1, spoken=3), with_text_features(1, 2, 0, 2, spoken=0), with_text_features(2, 3, 1, 0, spoken=2)]
+    batch = pack(parts)
+    assert batch.text_features is not None
+    assert batch.text_features_rows is not None
+    assert batch.text_features_positions is not None
+    assert batch.text_features_rows.tolist() == [4, 5, 6, 17, 18]
+    assert batch.text_features_positions.tolist() == [0, 1, 2, 0, 1]
+    np.testing.assert_array_equal(batch.text_features[3:], parts[2].text_features)
+    rows = torch.cat([batch.text_rows, batch.text_features_rows, batch.visual_rows, batch.acoustic_rows])
+    assert rows.sort().values.tolist() == list(range(batch.tokens))
+    assert [item.without("text").spoken for item in parts] == [0, 0, 0]
+    assert pack([encoded(0, 4, 2, 1)]).text_features is None
+
+
+def test_withheld_words_are_not_told_by_text_features(encoder: Encoder) -> None:
+    parts = [with_text_features(i, 6, 4, 4, spoken=2) for i in range(8)]
+    for spec, left in ((MaskSpec("masked_text", "text"), 0), (MaskSpec("masked_visual", "visual"), 16)):
+        batch = pack(parts, plan=MaskingPlan([spec], 1), encoder=encoder.text)
+        assert batch.text_features is not None
+        assert len(batch.text_features) == left
+
+
 def test_a_batch_may_lack_a_modality() -> None:
     batch = pack([encoded(0, 4, 0, 0), encoded(1, 5, 0, 0)])
     assert batch.visual.shape == (0, 5)

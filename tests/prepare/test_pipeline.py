@@ -309,3 +309,21 @@ def test_the_demo_corpus_with_its_teacher(tmp_path):
         tmp_path / "demo/films", tmp_path / "out"
     )  # the teacher of the output is used without naming the stills
     assert (again.extracted, again.generation) == (0, 1)
+
+
+def test_text_features_come_with_a_manifest(tmp_path):
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "f.npz", **{f"t{i}": random.normal(size=(i + 1, 4)) for i in range(3)}, wrong=np.ones((1, 5)))
+    rows = [{"dialogue": "d", "text_features": f"f.npz:t{i}"} for i in range(3)] + [{"dialogue": "d", "text": "words alone"}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(tmp_path / "m.jsonl", tmp_path / "out", "require=[text]")
+    manifest = verify(tmp_path / "out")
+    assert (manifest["text_features"]["width"], manifest["text_features"]["max_frames"], manifest["counts"]["without_text"]) == (4, 128, 0)
+    every = np.concatenate([np.load(tmp_path / "f.npz")[f"t{i}"] for i in range(3)])
+    np.testing.assert_allclose(manifest["text_features"]["mean"], every.mean(0), atol=1e-3)
+    found = list(read_utterances(tmp_path / "out"))
+    assert [item.text_features.shape for item in found] == [(1, 4), (2, 4), (3, 4), (0, 4)]
+    np.testing.assert_allclose(found[2].text_features, np.load(tmp_path / "f.npz")["t2"], atol=2e-3)
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"dialogue": "d", "text_features": "f.npz:wrong"}])))
+    with pytest.raises(DataError, match="text_features has 4 values per frame, the corpus has 5"):
+        run(tmp_path / "m.jsonl", tmp_path / "out")

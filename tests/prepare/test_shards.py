@@ -106,7 +106,7 @@ def test_parts_come_back_whole(tmp_path):
         assert_same(a, b)
     head = store.head("films/a")
     assert head is not None
-    assert (head.key, head.row, head.encoders, head.widths) == ("key", row, {"classes": []}, WIDTHS)
+    assert (head.key, head.row, head.encoders, head.widths) == ("key", row, {"classes": []}, WIDTHS | {"text_features": 0})
     assert store.head("films/b") is None
 
 

@@ -140,11 +140,14 @@ def test_feature_references(tmp_path):
     np.testing.assert_array_equal(read_features(f"{tmp_path}/b.npz:y"), values[:1])
     np.testing.assert_array_equal(read_features(f"{tmp_path}/c.csv:2"), [[2.5, 2]])
     np.testing.assert_array_equal(read_features(f"{tmp_path}/c.csv:1-3"), [[1.5, 1], [2.5, 2], [3.5, 3]])
+    np.testing.assert_array_equal(read_features(f"{tmp_path}/c.csv:1-3@q"), [[1], [2], [3]])
+    np.testing.assert_array_equal(read_features(f"{tmp_path}/c.csv:2@p..q"), [[2.5, 2]])
+    np.testing.assert_array_equal(read_features(f"{tmp_path}/c.csv:2@1..2"), [[2.5, 2]])
 
 
 @pytest.mark.parametrize(
     ("reference", "reason"),
-    [("absent.npy", "no such file"), ("b.npz:z", "no array 'z'"), ("c.csv:9", "rows 0 to 0"), ("c.csv:x", "write file.csv:3"), ("p.npy", "not readable")],
+    [("absent.npy", "no such file"), ("b.npz:z", "no array 'z'"), ("c.csv:9", "rows 0 to 0"), ("c.csv:x", "write file.csv:3"), ("c.csv:0@2", "'2' is no column"), ("c.csv:0@p..q", "'p' is no column"), ("p.npy", "not readable")],
 )  # fmt: skip
 def test_bad_feature_references_say_why(tmp_path, reference, reason):
     np.savez(tmp_path / "b.npz", x=np.zeros(3), y=np.zeros(3))

@@ -81,24 +81,6 @@ def test_nothing_to_train_is_an_error(model: ModelConfig, tmp_path: Path):
         build(model, {"visual_emotion": {}}, encoder(tmp_path, classes=0), seed=1, per_step=False)
 
 
-def test_a_bert_checkpoint_starts_backbone_and_head(model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    from transformers import BertConfig, BertForMaskedLM
-
-    given = encoder(tmp_path / "tokenizer")
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    bert = BertForMaskedLM(BertConfig(vocab_size=len(given.text.tokenizer), **shape))
-    bert.cls.predictions.bias.data.fill_(0.25)
-    bert.save_pretrained(tmp_path / "bert")
-    model.init = str(tmp_path / "bert")
-    with caplog.at_level(logging.INFO, "emoscale"):
-        built = build(model, ALL, given, seed=1, per_step=False)
-    assert torch.equal(built.model.backbone.text.words.weight, bert.bert.embeddings.word_embeddings.weight)
-    head = built.model.tasks["masked_text"].state_dict()
-    assert torch.equal(head["head.bias"], bert.cls.predictions.bias)
-    assert torch.equal(head["head.transform.weight"], bert.cls.predictions.transform.dense.weight)
-    assert "bert loaded" in caplog.text
-
-
 def test_what_answers_in_words_needs_a_word_for_every_expression(model: ModelConfig, tmp_path: Path):
     given = {"utterance_emotion": {"verbalisers": {"c": "we"}}}
     words = encoder(tmp_path)

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from emoscale.config import ConfigError, DataError, load
-from emoscale.training.finetune import FinetuneConfig, _made_from, _prepare, check, find_checkpoint
+from emoscale.training.finetune import FinetuneConfig, _made_from, _prepare, check
+from emoscale.training.start import find_checkpoint
 from tests.tuned import CLASSES, Tuned, flip_last_byte, predictions, results
 
 
@@ -25,7 +26,7 @@ def config(tuned: Tuned, *more: str, **given: str) -> FinetuneConfig:
 
 def made_of(given: FinetuneConfig) -> dict[str, Any]:
     (arm,) = _prepare(given)[0].values()
-    return _made_from(given, arm, 1)
+    return _made_from(given, arm, next(iter(arm.inits.values())))
 
 
 def rewritten(tuned: Tuned, path: Path, change: Any) -> Path:

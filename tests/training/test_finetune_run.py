@@ -27,9 +27,13 @@ def prepared(tuned: Tuned, *more: str) -> tuple[Any, Any, Any, Any]:
     return next(iter(arms.values())), _recipe(config), data, folds[0]
 
 
+def source_of(arm: Any) -> Path | None:
+    return next(iter(arm.inits.values()))
+
+
 def built(tuned: Tuned, *more: str) -> Any:
     arm, recipe, data, fold = prepared(tuned, *more)
-    return _build(arm, start_of(arm, recipe, data, 1)[1], data, fold.train, 1)
+    return _build(arm, start_of(arm, recipe, data, source_of(arm))[1], data, fold.train, 1, source_of(arm))
 
 
 def pretrained(tuned: Tuned) -> dict[str, torch.Tensor]:
@@ -105,10 +109,10 @@ def test_features_are_normalised_as_in_pretraining(tuned: Tuned, tmp_path: Path)
         return manifest
 
     arm, recipe, data, _ = prepared(tuned, f"init={altered(tuned, tmp_path, change, 'corpus.json')}")
-    encoder, _ = start_of(arm, recipe, data, 1)
+    encoder, _ = start_of(arm, recipe, data, source_of(arm))
     assert encoder.acoustic.mean.tolist() == [7.0] * 5
     arm, recipe, data, _ = prepared(tuned, 'init=""')
-    assert start_of(arm, recipe, data, 1)[0].acoustic.mean.tolist() == [0.0] * 5
+    assert start_of(arm, recipe, data, source_of(arm))[0].acoustic.mean.tolist() == [0.0] * 5
 
 
 def test_a_direct_arm_starts_from_bert_where_the_model_says_so(tuned: Tuned, tmp_path: Path) -> None:
@@ -156,7 +160,7 @@ def test_what_requires_a_gradient(mode: str, tuned: Tuned) -> None:
 def test_class_weights_come_from_the_training_rows(tuned: Tuned) -> None:
     arm, recipe, data, fold = prepared(tuned, "head={name: classify, class_weights: true}")
     rows = fold.train[:20]
-    model = _build(arm, start_of(arm, recipe, data, 1)[1], data, rows, 1)
+    model = _build(arm, start_of(arm, recipe, data, source_of(arm))[1], data, rows, 1, source_of(arm))
     weights = model.tasks["classify"].class_weights.numpy()
     counts = np.bincount(data.labels[rows], minlength=4)
     np.testing.assert_allclose(weights * counts, len(rows) / 4, rtol=1e-6)
@@ -165,8 +169,8 @@ def test_class_weights_come_from_the_training_rows(tuned: Tuned) -> None:
 
 def test_answers_do_not_depend_on_the_batch_and_come_in_order(tuned: Tuned) -> None:
     arm, recipe, data, fold = prepared(tuned, "head={name: prompt}")
-    encoder, shape = start_of(arm, recipe, data, 1)
-    model = _build(arm, shape, data, fold.train, 1)
+    encoder, shape = start_of(arm, recipe, data, source_of(arm))
+    model = _build(arm, shape, data, fold.train, 1, source_of(arm))
     rows = fold.test[::-1].copy()
     whole = answer(model, "prompt", Part(data, rows), encoder, 1 << 14)
     single = np.concatenate([answer(model, "prompt", Part(data, rows[i : i + 1]), encoder, 1 << 14) for i in range(len(rows))])
@@ -180,8 +184,8 @@ def test_utterances_without_the_arms_modalities_are_answered_all_the_same(tuned:
     arm, recipe, data, fold = prepared(tuned, "modalities=[visual]")
     faceless = np.array([i for i, item in enumerate(data.utterances) if not len(item.visual)])
     assert len(faceless) >= 2
-    encoder, shape = start_of(arm, recipe, data, 1)
-    answers = answer(_build(arm, shape, data, fold.train, 1), "classify", Part(data, faceless), encoder, 1 << 14)
+    encoder, shape = start_of(arm, recipe, data, source_of(arm))
+    answers = answer(_build(arm, shape, data, fold.train, 1, source_of(arm)), "classify", Part(data, faceless), encoder, 1 << 14)
     np.testing.assert_allclose(answers, answers[:1].repeat(len(answers), 0), atol=1e-6)
 
 
@@ -189,6 +193,6 @@ def test_features_that_are_not_finite_cannot_be_scored(tuned: Tuned) -> None:
     arm, recipe, data, fold = prepared(tuned)
     broken = next(i for i in fold.test if len(data[i].acoustic))
     data[broken].acoustic = np.full_like(data[broken].acoustic, np.nan)
-    encoder, shape = start_of(arm, recipe, data, 1)
+    encoder, shape = start_of(arm, recipe, data, source_of(arm))
     with pytest.raises(DataError, match=rf"1 utterances have features that are not finite.*{data[broken].id}"):
-        answer(_build(arm, shape, data, fold.train, 1), "classify", Part(data, fold.test), encoder, 1 << 14)
+        answer(_build(arm, shape, data, fold.train, 1, source_of(arm)), "classify", Part(data, fold.test), encoder, 1 << 14)

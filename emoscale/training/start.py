@@ -1,0 +1,72 @@
+"""Where weights come from when they are not random: a BERT checkpoint, or a pre-training of our own."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from emoscale.config import ConfigError, DataError
+from emoscale.data.tokens import load_tokenizer
+from emoscale.models.bert import MLM_HEAD, load_bert, read_bert
+from emoscale.models.task import TaskModel
+from emoscale.models.word_head import WordHead
+from emoscale.training import checkpoint
+
+log = logging.getLogger("emoscale")
+MAY_DIFFER = ("backbone.visual.", "backbone.acoustic.", "backbone.text_features.", "tasks.")
+"""Weights that keep their own initialisation where the other run had other features or objectives."""
+
+
+def find_checkpoint(path: str) -> Path:
+    """Give the checkpoint that a path names: itself, or the newest whole one of a run folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = Path(path)
+    if (folder / "weights.safetensors").is_file():
+        return folder
+    found = checkpoint.find_latest(folder / "checkpoints") if folder.is_dir() else None
+    if found is None:
+        raise ConfigError(f"init: {path} holds no checkpoint; `emoscale pretrain` writes them to <run.output>/checkpoints")
+    return found
+
+
+def start_from(source: str, model: TaskModel, tokenizer: Any) -> None:
+    """Load what fits of a BERT (id or folder) or of a pre-training of ours (run folder or checkpoint); the log says what.
+
+    A BERT gives the text path and the word heads; a run also the frame embedders and heads of the same shape.
+
+    Raises:
+        ConfigError: there is nothing to load, or it is not of the configured shape.
+        DataError: a weight of the transformer is missing or of another shape, or the run's tokenizer numbers other words.
+    """
+    folder = Path(source)
+    if (folder / "weights.safetensors").is_file() or (folder / "checkpoints").is_dir():
+        _from_run(find_checkpoint(source), model, tokenizer)
+    else:
+        _from_bert(source, model)
+
+
+def _from_run(folder: Path, model: TaskModel, tokenizer: Any) -> None:
+    if load_tokenizer(str(folder / "assets" / "tokenizer"), None).get_vocab() != tokenizer.get_vocab():
+        raise DataError(f"model.init: {folder} has a tokenizer that numbers other words; train both with one (data.tokenizer)")
+    weights, own = checkpoint.load(folder).weights, model.state_dict()
+    other = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    wrong = [name for name in other if not name.startswith(MAY_DIFFER)]
+    if wrong:
+        raise DataError(f"model.init: {folder} is of another shape ({len(wrong)} weights differ, first {wrong[0]}); nothing was loaded")
+    model.load_state_dict({name: weights[name] for name in own if name not in other}, strict=False)
+    log.info("model.init: %s loaded%s", folder, f"; not of this shape there: {', '.join(other)}" if other else "")
+
+
+def _from_bert(source: str, model: TaskModel) -> None:
+    weights = read_bert(source, model.backbone.heads)
+    left = load_bert(model.backbone, weights)
+    heads = [head for task in model.tasks.values() if isinstance(head := getattr(task, "head", None), WordHead)]
+    if heads and all(name in weights for name in MLM_HEAD):
+        for head in heads:
+            head.load_state_dict({ours: weights[theirs] for theirs, ours in MLM_HEAD.items()})
+        left = [name for name in left if not name.startswith("cls.predictions")]
+    log.info("model.init: %s loaded%s", source, f"; without a place here: {', '.join(left)}" if left else "")
