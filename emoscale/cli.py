@@ -90,7 +90,7 @@ def prepare(
 @app.command(epilog="Example: `emoscale pretrain configs/pretrain/memobert-demo.yaml optim.lr=3e-4`")
 def pretrain(words: Words = None, check: Check = False) -> None:
     """Pre-train on a prepared corpus; resumes the run in its output folder if there is one."""
-    from emoscale.training import run
+    from emoscale.training import corpora, run
 
     config = _read(run.RunConfig, words)
     if check:
@@ -99,7 +99,7 @@ def pretrain(words: Words = None, check: Check = False) -> None:
     _announce(config.run.output)
     checkpoint = run.pretrain(config)
     if _is_main():
-        _write_report(Path(config.run.output), run.folders_of(config.data))
+        _write_report(Path(config.run.output), corpora.folders_of(config.data))
     return _say(f"checkpoint: {checkpoint}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 from emoscale.batch import COLUMNS, Utterance
@@ -36,6 +37,26 @@ def write_corpus(folder: Path, utterances: list[Utterance] | Synthetic, manifest
     content = source | {"schema": 1, "kind": "feature", "counts": {"utterances": len(items)}, "shards": entries, "generation": 1}
     (folder / "manifest.json").write_text(json.dumps(content))
     write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+def add_to_corpus(folder: Path, utterances: Synthetic, shard_bytes: int = 1 << 18) -> Path:
+    """Add the utterances that are not there yet, in shards behind those that stand, as `emoscale prepare` does."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    index = json.loads((folder / "index.json").read_text())
+    known, stood = manifest["counts"]["utterances"], len(index["shards"])
+    aside = folder / "more"
+    write_corpus(aside, [utterances[i] for i in range(known, len(utterances))], manifest, shard_bytes)
+    for number, shard in enumerate(json.loads((aside / "index.json").read_text())["shards"]):
+        name = f"shard.{stood + number:05d}.mds"
+        (aside / shard["raw_data"]["basename"]).rename(folder / name)
+        shard["raw_data"]["basename"] = name
+        index["shards"].append(shard)
+        manifest["shards"].append({"file": name, "sha256": shard["raw_data"]["hashes"]["sha256"], "utterances": shard["samples"]})
+    shutil.rmtree(aside)
+    manifest["counts"]["utterances"] = len(utterances)
+    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
 

@@ -15,7 +15,8 @@ from emoscale.batch import Batch, Utterance
 from emoscale.config import EmoscaleError
 from emoscale.data.collate import Encoder, pack, split, utterance_or_none
 from emoscale.data.masking import MaskingPlan
-from emoscale.data.streams import Order, Utterances
+from emoscale.data.order import Mixture, Order
+from emoscale.data.streams import Utterances
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Steps(Dataset[StepData]):
     """
 
     def __init__(
-        self, corpus: Utterances, order: Order, encoder: Encoder, plan: MaskingPlan | None, *, global_batch: int, max_tokens: int, rank: int, world: int
+        self, corpus: Utterances, order: Order | Mixture, encoder: Encoder, plan: MaskingPlan | None, *, global_batch: int, max_tokens: int, rank: int, world: int
     ) -> None:
         self.corpus, self.order, self.encoder, self.plan = corpus, order, encoder, plan
         self.global_batch, self.max_tokens, self.rank, self.world = global_batch, max_tokens, rank, world

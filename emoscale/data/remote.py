@@ -46,6 +46,7 @@ class RemoteCorpus(Corpus):
         self.storage = open_storage(self.url)
         self._locks: dict[str, FileLock] = {}
         super().__init__(fetch_side_files(self.storage, cache))
+        self.name = self.url
 
     def __getitem__(self, number: int) -> Utterance:
         try:

@@ -6,11 +6,12 @@ and lets forked workers share one connection, so the order, the resume position 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +19,11 @@ import numpy as np
 
 from emoscale.batch import COLUMNS, MODALITIES, TEXT_FEATURES, Utterance
 from emoscale.config import DataError
+from emoscale.data.order import permutation
 from emoscale.files import file_sha256
-from emoscale.kernels.philox import WORD, key_of, philox
+from emoscale.kernels.philox import key_of
 
 SCHEMA = 1
-SEED = (1 << 64) - 1
 REMEDY = "copy it from its source, or delete it and run `emoscale prepare` again"
 
 
@@ -50,6 +51,8 @@ class Corpus:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.name = str(folder)
+        """What messages call it."""
         self.manifest = read_manifest(self.folder)
         index = _read_json(self.folder / "index.json")
         self._readers: dict[int, Any] = {}
@@ -75,6 +78,25 @@ class Corpus:
         except OSError as error:
             name = self._shards[shard]["raw_data"]["basename"]
             raise DataError(f"{self.folder / name}: shard can no longer be read ({error}); {REMEDY}") from error
+
+    def within(self, count: int) -> int:
+        """Give how many utterances are numbered below `count` in the whole corpus: all of them."""
+        return count
+
+    def sha256(self, count: int) -> str:
+        """Hash what the first `count` utterances are; empty where no shard ends there.
+
+        Raises:
+            DataError: index.json holds no sha256 for a shard.
+        """
+        last = bisect_right(self._firsts, count) - 1
+        if not 0 <= count <= len(self) or self._firsts[last] != count:
+            return ""
+        try:
+            hashes = [shard["raw_data"]["hashes"]["sha256"] for shard in self._shards[:last]]
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{self.folder}: index.json holds no sha256 for a shard; prepare the corpus again") from error
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave open readers behind: each worker opens its own."""
@@ -106,17 +128,30 @@ class Corpus:
 
 
 class Joined:
-    """Several corpora behind one numbering; they must come from the same encoders."""
+    """Several corpora behind one numbering; they must come from the same encoders.
 
-    def __init__(self, parts: list[Corpus]) -> None:
+    Args:
+        parts: the corpora.
+        stages: how many utterances of each were known at earlier times, oldest first: those keep their numbers, and what came
+            later is numbered behind them.
+    """
+
+    def __init__(self, parts: Sequence[Corpus | Selected], stages: Sequence[Sequence[int]] = ()) -> None:
         self.parts = parts
         self.manifest = parts[0].manifest
-        self._firsts = np.cumsum([0, *(len(part) for part in parts)])
+        self._blocks: list[tuple[int, int]] = []
+        self._firsts, known = [0], [0] * len(parts)
+        for counts in [*stages, [len(part) for part in parts]]:
+            for i, count in enumerate(counts):
+                if count > known[i]:
+                    self._blocks.append((i, known[i]))
+                    self._firsts.append(self._firsts[-1] + count - known[i])
+                    known[i] = count
         for part in parts[1:]:
             for key, names in {"acoustic": ("encoder", "width"), "visual": ("encoder", "width"), "text_features": ("encoder", "width"), "visual_emotion": ("classes", "teacher_sha256")}.items():
                 mine, other = ({k: (m.get(key) or {}).get(k) for k in names} for m in (self.manifest, part.manifest))
                 if mine != other:
-                    raise DataError(f"{part.folder}: {key} features are {other}, those of {parts[0].folder} are {mine}; prepare both alike")
+                    raise DataError(f"{part.name}: {key} features are {other}, those of {parts[0].name} are {mine}; prepare both alike")
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -124,8 +159,14 @@ class Joined:
     def __getitem__(self, number: int) -> Utterance:
         if not 0 <= number < len(self):
             raise IndexError(f"utterance {number} of {len(self)}")
-        part = bisect_right(self._firsts, number) - 1
-        return self.parts[part][int(number - self._firsts[part])]
+        block = bisect_right(self._firsts, number) - 1
+        part, first = self._blocks[block]
+        return self.parts[part][first + number - self._firsts[block]]
+
+    def number(self, part: int, within: int) -> int:
+        """Give the number of an utterance of a part."""
+        block = max(i for i, (owner, first) in enumerate(self._blocks) if owner == part and first <= within)
+        return self._firsts[block] + within - self._blocks[block][1]
 
 
 class Selected:
@@ -140,6 +181,7 @@ class Selected:
 
     def __init__(self, source: Utterances, only: str = "", without: tuple[str, ...] = (), fraction: float = 1.0) -> None:
         self.source = source
+        self.name = getattr(source, "name", "")
         self.manifest = source.manifest
         ids = [source[number].id for number in range(len(source))]
         wanted = [(n, name) for n, name in enumerate(ids) if name.startswith(only) and not name.startswith(without)]
@@ -151,6 +193,10 @@ class Selected:
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    def within(self, count: int) -> int:
+        """Give how many of these are numbered below `count` in the whole corpus."""
+        return bisect_left(self._numbers, count)
 
     def __getitem__(self, number: int) -> Utterance:
         return self.source[self._numbers[number]]
@@ -170,7 +216,7 @@ class Shuffled:
         self.source = source
         self.manifest = source.manifest
         # Neighbours on one random circle: unlike those of two random permutations, they are never the same utterance.
-        circle = _permutation(len(source), seed, "shuffle-modalities")
+        circle = permutation(len(source), seed, "shuffle-modalities")
         self._visual, self._acoustic = np.empty_like(circle), np.empty_like(circle)
         self._visual[circle], self._acoustic[circle] = np.roll(circle, -1), np.roll(circle, -2)
 
@@ -180,34 +226,6 @@ class Shuffled:
     def __getitem__(self, number: int) -> Utterance:
         face, voice = self.source[int(self._visual[number])], self.source[int(self._acoustic[number])]
         return replace(self.source[number], visual=face.visual, visual_emotion=face.visual_emotion, acoustic=voice.acoustic)
-
-
-class Order:
-    """Which utterance stands at which place of the endless training sequence.
-
-    Place p belongs to pass p // n; within a pass every utterance comes exactly once. Utterances are shuffled within blocks of
-    whole shards' worth of neighbours, blocks among each other, so that reading stays local. The order depends on the seed
-    alone: any world, worker count or restart reads the same sequence.
-    """
-
-    def __init__(self, count: int, seed: int, block: int = 1 << 16) -> None:
-        if count < 1:
-            raise DataError("the corpus holds no utterance; look at its ledger.jsonl")
-        self.count, self.seed, self.block = count, seed, block
-
-    def at(self, place: int) -> tuple[int, int]:
-        """Give (pass, utterance number) at a place."""
-        turn, within = divmod(place, self.count)
-        blocks = -(-self.count // self.block)
-        chosen = _permutation(blocks, self.seed, f"blocks-{turn}")
-        # Only the last block is short, so places before it in the shuffled order shift by what it lacks.
-        short, at_end = blocks * self.block - self.count, int(np.flatnonzero(chosen == blocks - 1)[0])
-        slot, offset = divmod(within, self.block)
-        if within >= (at_end + 1) * self.block - short:
-            slot, offset = divmod(within + short, self.block)
-        block = int(chosen[slot])
-        size = min(self.block, self.count - block * self.block)
-        return turn, block * self.block + int(_permutation(size, self.seed, f"block-{turn}-{block}")[offset])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -232,11 +250,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}, an object was expected; prepare the corpus again")
     return content
-
-
-@lru_cache(maxsize=32)
-def _permutation(count: int, seed: int, purpose: str) -> np.ndarray:
-    """Give a permutation by sorting Philox words: numpy's own shuffles may change between its releases, a resumed run may not."""
-    counters, key = np.arange(count, dtype=np.int64), key_of(seed, purpose)
-    high, low, *_ = philox(counters, counters * 0 + (key & WORD), counters * 0 + (key >> 32), counters * 0, seed & SEED)
-    return np.argsort((high << 31) | (low >> 1), kind="stable")

@@ -20,13 +20,17 @@ from emoscale.prepare import vocabulary
 from emoscale.prepare.extract import MAX_TEXT_FEATURES, PRECOMPUTED, Extractor, PreprocessConfig
 from emoscale.prepare.parts import ARRAYS, PARTS, Head, PartStore
 from emoscale.prepare.shards import (
+    INDEX,
     LEDGER,
     MANIFEST,
     SCHEMA,
     TOKENIZER,
     Statistics,
+    listed,
+    number_behind,
     previous_manifest,
     publish,
+    publish_more,
     write_json,
     write_ledger,
     write_shards,
@@ -36,6 +40,8 @@ from emoscale.prepare.teacher import teacher_sha256
 from emoscale.prepare.vocabulary import TextConfig
 
 DROPPED = "dropped.json"
+ASSEMBLED = "assembled-{}.json"
+"""What a generation was made of, by its number: enough to add to it."""
 FRESH = ".assembly"
 
 
@@ -49,7 +55,10 @@ def assemble(
     require: list[str],
     shard_bytes: int,
 ) -> dict[str, Any]:
-    """Write the corpus, unless it holds just these parts already.
+    """Write the corpus, unless it holds just these parts already; new inputs come behind what stands there.
+
+    A corpus that only gains inputs keeps its shards, numbering, normalisation constants and tokenizer, so that a run can go
+    on with it; `generations` in the manifest tells its sizes. Any other change makes it anew.
 
     Args:
         sources: all inputs, in order.
@@ -74,34 +83,75 @@ def assemble(
             f"first {waiting[0].shown}; run without stage=assemble"
         )
     done = [item.name for item in sources if heads[item.name].row["status"] == "done"]
-    known = json.dumps(
-        [SCHEMA, [(name, heads[name].key) for name in done], to_dict(text), sorted(require), shard_bytes]
-    )
-    inputs = hashlib.sha256(known.encode()).hexdigest()
+    keys = {name: heads[name].key for name in done}
+    settings = _hashed([SCHEMA, to_dict(text), sorted(require), shard_bytes])
+    inputs = _hashed([settings, list(keys.items())])
     before = previous_manifest(store.folder)
     if before is not None and before["inputs_sha256"] == inputs and (store.folder / MANIFEST).exists():
         _write_ledger(sources, heads, store, _read_dropped(store))
         return before
     _write_ledger(sources, heads, store, {})
+    frame = _frame({name: heads[name] for name in done}, preprocess, teacher)
+    earlier = _stands(store, before, settings, keys, frame) if before is not None else None
     fresh = store.folder / FRESH
     shutil.rmtree(fresh, ignore_errors=True)
-    frame = _frame({name: heads[name] for name in done}, preprocess, teacher)
-    dropped: dict[str, Counter[str]] = {}
-    shards, statistics = write_shards(_kept(done, store, require, dropped), frame.pop("widths"), fresh, shard_bytes)
+    statistics = Statistics.from_record(earlier["statistics"]) if earlier is not None else Statistics()
+    dropped = _read_dropped(store) if earlier is not None else {}
+    names = [name for name in done if earlier is None or name not in earlier["keys"]]
+    shards = write_shards(_kept(names, store, require, dropped), frame["widths"], fresh, shard_bytes, statistics)
     if not statistics.counts["utterances"]:
         shutil.rmtree(fresh, ignore_errors=True)
         raise DataError(
             f"{store.folder}: no utterance is left of {len(sources)} inputs; {store.folder / LEDGER} says why"
         )
     statistics.counts["files"] = len(done)
-    manifest = _manifest(frame, statistics, shards, preprocess)
-    manifest["tokenizer"] = _tokenizer(text, before, store, done, fresh)
-    manifest |= {"generation": 1 if before is None else before["generation"] + 1, "inputs_sha256": inputs}
+    generation = 1 if before is None else before["generation"] + 1
+    if earlier is None or before is None:
+        manifest = _manifest(frame, statistics, shards, preprocess)
+        manifest["tokenizer"] = _tokenizer(text, before, store, done, fresh)
+        generations: list[dict[str, int]] = []
+    else:
+        # Normalisation constants and tokenizer stay: models that learn from this corpus know them.
+        more = listed(number_behind(fresh, store.folder, len(before["shards"])))
+        manifest = before | {"counts": statistics.counts, "shards": [*before["shards"], *more]}
+        generations = before["generations"]
+    generations = [*generations, {"generation": generation, "utterances": statistics.counts["utterances"], "shards": len(manifest["shards"])}]
+    manifest |= {"generation": generation, "generations": generations, "inputs_sha256": inputs}
     write_json(store.folder / PARTS / DROPPED, dropped)
+    write_json(_record(store, generation), {"settings": settings, "keys": keys, "widths": frame["widths"], "statistics": statistics.record()})
     write_json(fresh / MANIFEST, manifest)
-    publish(fresh, store.folder)
+    (publish if earlier is None else publish_more)(fresh, store.folder)
+    for old in store.folder.glob(f"{PARTS}/{ASSEMBLED.format('*')}"):
+        if old != _record(store, generation):
+            old.unlink()
     _write_ledger(sources, heads, store, dropped)
     return manifest
+
+
+def _stands(
+    store: PartStore, before: dict[str, Any], settings: str, keys: dict[str, str], frame: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Give what is known of the corpus that stands here, if its shards can stay and new ones come behind them; else None.
+
+    That needs every input it was made of, unchanged, the same settings and encoders, and its files.
+    """
+    path = _record(store, before["generation"])
+    if not path.is_file() or not (store.folder / MANIFEST).is_file() or not (store.folder / INDEX).is_file():
+        return None
+    earlier = json.loads(path.read_text())
+    alike = all(frame.get(name, {}).items() <= before.get(name, {}).items() for name in ("acoustic", "visual", "text_features"))
+    same = earlier["settings"] == settings and earlier["widths"] == frame["widths"] and before["visual_emotion"] == frame["visual_emotion"]
+    kept = earlier["keys"].items() <= keys.items()
+    present = all((store.folder / shard["file"]).is_file() for shard in before["shards"])
+    return earlier if alike and same and kept and present else None
+
+
+def _record(store: PartStore, generation: int) -> Path:
+    return store.folder / PARTS / ASSEMBLED.format(generation)
+
+
+def _hashed(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def notes_of(ledger: Path) -> dict[str, int]:

@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from omegaconf import MISSING
@@ -23,12 +24,12 @@ from emoscale.config import ConfigError, DataError, from_mapping, to_dict
 from emoscale.prepare.assembly import assemble, notes_of
 from emoscale.prepare.extract import TEACHER_FOLDER, Extractor, PreprocessConfig
 from emoscale.prepare.parts import Part, PartStore
-from emoscale.prepare.shards import LEDGER, SCHEMA
+from emoscale.prepare.shards import INDEX, LEDGER, MANIFEST, SCHEMA, TOKENIZER
 from emoscale.prepare.sources import Source, find
 from emoscale.prepare.teacher import TeacherConfig, teacher_sha256, train_teacher
 from emoscale.prepare.trees import TREES
 from emoscale.prepare.vocabulary import TextConfig
-from emoscale.storage import upload
+from emoscale.storage import open_storage, upload
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called with (inputs finished, inputs in all, ledger row) after each input."""
@@ -165,10 +166,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
         summary.counts, summary.generation = manifest["counts"], manifest["generation"]
         summary.notes = notes_of(summary.ledger)
         if config.upload:
-            names = [shard["file"] for shard in manifest["shards"]] + ["index.json", summary.ledger.name]
-            folders = [output / name for name in ("tokenizer", TEACHER_FOLDER)]
-            names += [path.relative_to(output).as_posix() for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
-            summary.lines.append(f"uploaded: {upload(output, [*names, 'manifest.json'], config.upload)} files to {config.upload}")
+            summary.lines.append(f"uploaded: {_upload(output, manifest, config.upload)} files to {config.upload}")
     if len(summary.failures) > config.max_failures:
         path, reason = summary.failures[0]
         raise SkippedInputsError(
@@ -178,6 +176,25 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
             summary,
         )
     return summary
+
+
+def _upload(output: Path, manifest: dict[str, Any], url: str) -> int:
+    """Store a corpus, without the shards that stand there already; give how many files."""
+    stored = {shard["file"]: shard["sha256"] for shard in _stored_manifest(url).get("shards", [])}
+    names = [shard["file"] for shard in manifest["shards"] if stored.get(shard["file"]) != shard["sha256"]] + [INDEX, LEDGER]
+    folders = [output / name for name in (TOKENIZER, TEACHER_FOLDER)]
+    names += [path.relative_to(output).as_posix() for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    return upload(output, [*names, MANIFEST], url)
+
+
+def _stored_manifest(url: str) -> dict[str, Any]:
+    """Read the manifest of the corpus that lies at a URL; empty where there is none."""
+    storage = open_storage(url)
+    if MANIFEST not in storage.names(MANIFEST):
+        return {}
+    with TemporaryDirectory() as folder:
+        storage.get(MANIFEST, Path(folder) / MANIFEST)
+        return json.loads((Path(folder) / MANIFEST).read_text())
 
 
 def _render(folder: Path) -> None:

@@ -56,6 +56,20 @@ class Statistics:
                 self._squares[name] = self._squares.get(name, 0.0) + np.square(values).sum(axis=0)
         counts["dialogues"], counts["speakers"] = len(self._dialogues), len(self._speakers)
 
+    def record(self) -> dict[str, Any]:
+        """Give what `from_record` needs to go on counting."""
+        sums = {name: [self._sums[name].tolist(), self._squares[name].tolist()] for name in self._sums}
+        return {"counts": self.counts, "frames": self._frames, "sums": sums, "dialogues": sorted(self._dialogues), "speakers": sorted(self._speakers)}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Statistics:
+        """Go on counting where another assembly ended."""
+        sums = {name: (np.array(first), np.array(second)) for name, (first, second) in record["sums"].items()}
+        return cls(
+            dict(record["counts"]), dict(record["frames"]), {name: first for name, (first, _) in sums.items()},
+            {name: second for name, (_, second) in sums.items()}, set(record["dialogues"]), set(record["speakers"]),
+        )
+
     def mean_std(self, name: str, width: int) -> tuple[list[float], list[float]]:
         """Give the normalisation constants of a modality; a value that never changes keeps its scale."""
         frames = self._frames[name]
@@ -82,8 +96,8 @@ COUNTS = (
 
 
 def write_shards(
-    utterances: Iterable[Utterance], widths: dict[str, int], folder: Path, shard_bytes: int
-) -> tuple[list[dict[str, Any]], Statistics]:
+    utterances: Iterable[Utterance], widths: dict[str, int], folder: Path, shard_bytes: int, statistics: Statistics
+) -> list[dict[str, Any]]:
     """Write utterances to MDS shards in the order given.
 
     Args:
@@ -91,28 +105,32 @@ def write_shards(
         widths: columns of `acoustic`, `visual`, `visual_emotion` and, where the corpus has them, `text_features`.
         folder: new folder for `shard.*.mds` and `index.json`.
         shard_bytes: largest size of a shard.
+        statistics: counts every utterance.
 
     Returns:
-        The `shards` of the manifest, and the statistics.
+        The `shards` of the manifest.
     """
     from streaming import MDSWriter
 
-    statistics, columns = Statistics(), COLUMNS | (TEXT_FEATURES if "text_features" in widths else {})
+    columns = COLUMNS | (TEXT_FEATURES if "text_features" in widths else {})
     with MDSWriter(columns=columns, out=str(folder), hashes=["sha256"], size_limit=shard_bytes) as writer:
         for utterance in utterances:
             _fit(utterance, widths)
             statistics.add(utterance)
             writer.write(utterance.record())
-    index = json.loads((folder / INDEX).read_text())
-    shards = [
+    return listed(json.loads((folder / INDEX).read_text())["shards"])
+
+
+def listed(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give the `shards` of a manifest for those of an index."""
+    return [
         {
             "file": shard["raw_data"]["basename"],
             "sha256": shard["raw_data"]["hashes"]["sha256"],
             "utterances": shard["samples"],
         }
-        for shard in index["shards"]
+        for shard in shards
     ]
-    return shards, statistics
 
 
 def _fit(utterance: Utterance, widths: dict[str, int]) -> None:
@@ -143,6 +161,27 @@ def publish(fresh: Path, folder: Path) -> None:
         (fresh / name).replace(folder / name)
     (fresh / MANIFEST).replace(manifest)
     shutil.rmtree(fresh)
+
+
+def publish_more(fresh: Path, folder: Path) -> None:
+    """Add shards to a corpus that runs may be reading: what stands there stays, index and manifest come last."""
+    for path in sorted(fresh.glob("shard.*")):
+        path.replace(folder / path.name)
+    for name in (INDEX, MANIFEST):
+        (fresh / name).replace(folder / name)
+    shutil.rmtree(fresh)
+
+
+def number_behind(fresh: Path, folder: Path, known: int) -> list[dict[str, Any]]:
+    """Number fresh shards behind the `known` first ones of a corpus, and write the index of all; give the new ones' entries."""
+    before, index = json.loads((folder / INDEX).read_text()), json.loads((fresh / INDEX).read_text())
+    index["shards"] = [shard for shard in index["shards"] if shard["samples"]]
+    for number, shard in reversed(list(enumerate(index["shards"], start=known))):  # from the last one: names may overlap
+        path, name = fresh / shard["raw_data"]["basename"], f"shard.{number:05d}.mds"
+        path.replace(fresh / name)
+        shard["raw_data"]["basename"] = name
+    (fresh / INDEX).write_text(json.dumps(index | {"shards": [*before["shards"][:known], *index["shards"]]}))
+    return index["shards"]
 
 
 def previous_manifest(folder: Path) -> dict[str, Any] | None:

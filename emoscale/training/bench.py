@@ -18,7 +18,7 @@ from emoscale.config import load
 from emoscale.data.collate import Encoder
 from emoscale.data.loader import Steps
 from emoscale.data.masking import MaskingPlan, MaskSpec
-from emoscale.data.streams import Order
+from emoscale.data.order import Order
 from emoscale.data.synthetic import WORDS, Synthetic, synthetic_tokenizer
 from emoscale.data.tokens import Features, TextEncoder
 from emoscale.models.config import ModelConfig

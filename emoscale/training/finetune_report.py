@@ -47,7 +47,8 @@ def summarise(folder: Path, outcomes: list[Outcome], data: LabelledSet, config: 
         "arms": {name: value.to_dict() for name, value in scores.items()},
         "differences": {name: {metric: vars(interval) for metric, interval in rows.items()} for name, rows in differences.items()},
         "runs": [
-            {"arm": o.arm, "seed": o.seed, "fold": o.fold, "step": o.step, "validation_uar": o.validation, "test_uar": o.test, "labels_used": o.labelled}
+            {"arm": o.arm, "seed": o.seed, "fold": o.fold, "step": o.step, "validation_uar": o.validation, "test_uar": o.test,
+             "test_wa": float(np.mean(np.asarray(o.predictions.truth) == np.asarray(o.predictions.predicted))), "labels_used": o.labelled}
             for o in outcomes
         ],
     }

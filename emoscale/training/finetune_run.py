@@ -18,7 +18,7 @@ from emoscale.config import ConfigError, DataError
 from emoscale.data.collate import pack, split
 from emoscale.data.labelled import LabelEncoder, LabelledSet, Part, check_encoders
 from emoscale.data.loader import Steps
-from emoscale.data.streams import Order
+from emoscale.data.order import Order
 from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
 from emoscale.evaluation.metrics import confusion_matrix
 from emoscale.evaluation.predictions import Predictions

@@ -7,7 +7,7 @@ answer: the training set's word-piece frequencies, its mean frame, its mean expr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from emoscale.batch import Batch
 from emoscale.config import DataError, load
 from emoscale.data.collate import Encoded, pack, utterance_or_none
 from emoscale.data.masking import MaskingPlan, MaskSpec
-from emoscale.data.streams import Selected, Utterances
+from emoscale.data.streams import Utterances
 from emoscale.data.tokens import load_tokenizer
 from emoscale.models.task import TaskModel, encode
 from emoscale.training import checkpoint
 from emoscale.training.build import TAUGHT, Built, build
-from emoscale.training.run import RunConfig, expressions_of, make_encoder, open_corpus, read_held_out
+from emoscale.training.corpora import expressions_of, make_encoder, open_all, open_corpora, read_held_out
+from emoscale.training.run import RunConfig
 
 RESAMPLES = 2000
 
@@ -56,9 +57,8 @@ def evaluate_objectives(run: Path, *, draws: int = 20, seed: int = 0) -> dict[st
     found = checkpoint.find_latest(run / "checkpoints")
     if found is None or not config.data.held_out:
         raise DataError(f"{run}: {'has no checkpoint' if found is None else 'held nothing out (data.held_out)'}; nothing can be scored")
-    train = open_corpus(config.data, config.run.seed)
-    whole = train.source if isinstance(train, Selected) else train
-    held = _only_held_out(whole, read_held_out(config.data.held_out))
+    train = open_corpora(config.data, config.run.seed).utterances
+    held = _only_held_out(open_all(config.data), read_held_out(config.data.held_out))
     tokenizer = load_tokenizer(str(found / "assets" / "tokenizer"), None)
     built = build(config.model, config.objectives, make_encoder(config.data, train, tokenizer), seed=seed, per_step=False, expressions=expressions_of(train))
     built.model.load_state_dict(checkpoint.load(found).weights)
@@ -70,8 +70,8 @@ def evaluate_objectives(run: Path, *, draws: int = 20, seed: int = 0) -> dict[st
     return result
 
 
-def _only_held_out(whole: Utterances, prefixes: tuple[str, ...]) -> list[Any]:
-    found = [item for item in (whole[number] for number in range(len(whole))) if item.id.startswith(prefixes)]
+def _only_held_out(corpora: Sequence[Utterances], prefixes: tuple[str, ...]) -> list[Any]:
+    found = [item for corpus in corpora for item in map(corpus.__getitem__, range(len(corpus))) if item.id.startswith(prefixes)]
     if not found:
         raise DataError(f"data.held_out: no utterance of the corpus begins with any of its {len(prefixes)} lines")
     return found

@@ -53,15 +53,13 @@ def train(
     size and accumulation change nothing.
 
     Raises:
-        EmoscaleError: gradients were not finite for `max_nonfinite` steps in a row (the utterances are named).
+        EmoscaleError: the data of a step could not be read on some rank (all ranks save what was learned, then raise), or
+            gradients were not finite for `max_nonfinite` steps in a row (the utterances are named).
     """
-    device, in_a_row, asked = distributed.device(), 0, time.perf_counter()
+    device, in_a_row, asked, done = distributed.device(), 0, time.perf_counter(), first
     ranks = torch.distributed.get_world_size()
-    for data in steps:
-        ready = time.perf_counter()
-        counts, skipped = _global_counts(data, tasks)
-        if skipped:
-            _report_skipped(data)
+    while done < last:
+        data, counts, ready = _read(steps, tasks, done, hooks.save if done > first else None)
         micro_batches = int(distributed.reduce_max([float(len(data.batches))])[0])
         scales = {name: ranks / max(counts[name], MIN_COUNT) for name in tasks}
         sums: dict[str, torch.Tensor] = {}
@@ -96,11 +94,27 @@ def train(
     return Result(last, True, "all steps done")
 
 
-def _global_counts(data: StepData, tasks: list[str]) -> tuple[dict[str, float], int]:
-    """Give the targets of each task and the skipped utterances, over all ranks."""
-    local = [float(sum(batch.targets[name].count for batch in data.batches)) for name in tasks]
-    *counts, skipped = distributed.reduce_sum([*local, float(len(data.skipped))])
-    return dict(zip(tasks, counts, strict=True)), int(skipped)
+def _read(steps: Iterator[StepData], tasks: list[str], done: int, save: Callable[[int], None] | None) -> tuple[StepData, dict[str, float], float]:
+    """Give a step's data, the targets of each task over all ranks, and when the data had come (collective).
+
+    Where a rank cannot read, the others must hear of it before they wait for it: all save what was learned, then raise.
+    """
+    data, error = None, None
+    try:
+        data = next(steps)
+    except EmoscaleError as caught:
+        error = caught
+    ready = time.perf_counter()
+    batches, names = (data.batches, data.skipped) if data is not None else ([], [])
+    local = [float(sum(batch.targets[name].count for batch in batches)) for name in tasks]
+    *counts, skipped, failed = distributed.reduce_sum([*local, float(len(names)), float(data is None)])
+    if data is None or failed:
+        if save is not None:
+            save(done)
+        raise error or EmoscaleError(f"step {done + 1}: {int(failed)} other ranks could not read their data; their own messages say why")
+    if skipped:
+        _report_skipped(data)
+    return data, dict(zip(tasks, counts, strict=True)), ready
 
 
 def _row(

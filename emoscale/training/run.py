@@ -14,20 +14,19 @@ import torch
 from omegaconf import MISSING
 
 from emoscale import distributed
-from emoscale.batch import MODALITIES
 from emoscale.config import ConfigError, DataError, EmoscaleError, differences, to_dict, to_yaml
 from emoscale.data.collate import Encoder
 from emoscale.data.loader import StepData, Steps
-from emoscale.data.remote import RemoteCorpus, local_folder
-from emoscale.data.streams import Corpus, Joined, Order, Selected, Shuffled, Utterances
+from emoscale.data.order import Order
+from emoscale.data.streams import Utterances
 from emoscale.data.synthetic import Synthetic
-from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
+from emoscale.data.tokens import load_tokenizer
 from emoscale.files import replace_text
 from emoscale.models.config import ModelConfig
-from emoscale.storage import is_remote
 from emoscale.training import checkpoint
 from emoscale.training.assets import write_assets
 from emoscale.training.build import Built, build
+from emoscale.training.corpora import DataConfig, Opened, expressions_of, folders_of, make_encoder, open_corpora
 from emoscale.training.engine import Engine, OptimConfig, ZeroConfig
 from emoscale.training.environment import environment, open_log
 from emoscale.training.flops import forward_flops
@@ -39,65 +38,6 @@ from emoscale.training.track import Backend, require, trackers
 log = logging.getLogger("emoscale")
 OUTCOME = "EMOSCALE_OUTCOME"
 """Variable that names a file besides the run folder's done.json, for a launcher that does not know the run folder."""
-
-
-@dataclass
-class DataConfig:
-    """What is read and how it is cut into batches."""
-
-    corpora: list[str] = MISSING
-    """Folders that `emoscale prepare` wrote, or where it uploaded them (`s3://bucket/prefix`)."""
-    cache: str = "~/.cache/emoscale"
-    """Folder of this node where shards from storage are kept."""
-    cache_gb: float = 100.0
-    """Shards kept per corpus, GB; less than a corpus takes means that shards are fetched again in every pass."""
-    only: str = ""
-    """Train on the utterances whose id begins with this alone (`pretrain/`); empty = on all."""
-    fraction: float = 1.0
-    """Share of the films that is trained on, in (0, 1]; smaller shares lie within larger ones."""
-    held_out: str = ""
-    """Text file with one id, or beginning of ids, per line: utterances never trained on; `emoscale evaluate` scores them."""
-    tokenizer: str = ""
-    """Hugging Face id or folder; empty = the tokenizer that stands in the first corpus."""
-    max_text: int = 30
-    """Word pieces per utterance at most; longer texts are cut."""
-    max_visual: int = 0
-    """Face frames per utterance at most; 0 = as prepared."""
-    max_acoustic: int = 0
-    """Voice frames per utterance at most; 0 = as prepared."""
-    global_batch: int = 640
-    """Utterances per optimizer step, over all ranks."""
-    max_tokens: int = 16_384
-    """Packed tokens per micro-batch and rank at most."""
-    workers: int = 2
-    """Processes per rank that read ahead; 0 = read in the training process."""
-    task_mix: Literal["per_utterance", "per_step"] = "per_utterance"
-    """Whether each utterance or each step draws its objective (`per_step` is MEmoBERT's code)."""
-    modality_dropout: dict[str, float] = field(default_factory=dict)
-    """Modality → probability that an objective of another modality is shown without it; empty is MEmoBERT's."""
-    shuffle_modalities: bool = False
-    """Control: text, face and voice come from three different utterances, always the same three."""
-
-    def validate(self) -> None:
-        """Check the ranges."""
-        if self.cache_gb <= 0:
-            raise ValueError(f"cache_gb: {self.cache_gb} is not above 0")
-        if self.global_batch < 1 or self.max_tokens < 256 or self.max_text < 1 or self.workers < 0:
-            raise ValueError(
-                f"global_batch: global_batch={self.global_batch} (≥ 1), max_tokens={self.max_tokens} (≥ 256), "
-                f"max_text={self.max_text} (≥ 1), workers={self.workers} (≥ 0)"
-            )
-        check_dropout(self.modality_dropout)
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction: {self.fraction} is not in (0, 1]")
-
-
-def check_dropout(given: dict[str, float]) -> None:
-    """Raise ValueError for an unknown modality, or for probabilities of which two add up to more than 1."""
-    strange = sorted(given.keys() - set(MODALITIES))
-    two = sorted(given.values())[-2:]
-    if strange or min(given.values(), default=0.0) < 0 or sum(two) > 1:
-        raise ValueError(f"modality_dropout: {given} must give {', '.join(MODALITIES)} probabilities, of which no two add up to more than 1")
 
 
 @dataclass
@@ -169,11 +109,14 @@ def pretrain(config: RunConfig) -> Path:
     world = distributed.init()
     folder = Path(config.run.output)
     latest = _open_folder(folder, config, world)
-    corpus = open_corpus(config.data, config.run.seed)
-    built = _build(config, corpus, world)
     state = checkpoint.load(latest) if latest is not None else None
+    known, place = (state.meta["corpora"], state.step * config.data.global_batch) if state is not None else ([], 0)
+    opened = open_corpora(config.data, config.run.seed, known, place)
+    if len(opened.stages) > len(known) > 0:
+        log.info("corpora have grown: %s → %s utterances; the pass in progress ends without the new ones", known[-1]["counts"], opened.stages[-1].counts)
+    built = _build(config, opened.utterances, world)
     if state is not None:
-        _check_fits(state.meta, _identity(built, corpus))
+        _check_fits(state.meta, _identity(built))
         built.model.load_state_dict(state.weights)
     engine = Engine(built.model, config.optim, config.zero, config.run.precision)
     first = 0
@@ -181,7 +124,7 @@ def pretrain(config: RunConfig) -> Path:
         engine.load_state(state.weights, state.moments, state.optimizer_steps)
         checkpoint.restore_random_state(latest, world, state.meta["world"])
         first = state.step
-    result = _train(config, engine, built, corpus, world, folder, first)(preemption)
+    result = _train(config, engine, built, opened, world, folder, first)(preemption)
     newest = checkpoint.find_latest(folder / "checkpoints")
     assert newest is not None
     _finish(folder, world, result)
@@ -192,7 +135,7 @@ def check(config: RunConfig) -> None:
     """Validate everything and run one step on synthetic utterances, in fp32 and without a GPU."""
     require(config.run.track)
     distributed.init()
-    corpus = open_corpus(config.data, config.run.seed)
+    corpus = open_corpora(config.data, config.run.seed).utterances
     built = _build(config, corpus, distributed.World())
     synthetic = Synthetic(
         16, visual_width=corpus.manifest["visual"]["width"], acoustic_width=corpus.manifest["acoustic"]["width"],
@@ -204,56 +147,6 @@ def check(config: RunConfig) -> None:
         loss.backward()
         if not bool(loss.isfinite()):
             raise EmoscaleError("the loss of one step on synthetic data is not finite; look at model.* and objectives.*")
-
-
-def open_corpus(data: DataConfig, seed: int) -> Utterances:
-    """Open every corpus of a configuration behind one numbering."""
-    for name in data.corpora:
-        if not is_remote(name) and not Path(name).is_dir():
-            raise ConfigError(f"data.corpora: {name} does not exist; `emoscale prepare` makes a corpus")
-    if not data.corpora:
-        raise ConfigError("data.corpora: empty; name at least one folder that `emoscale prepare` wrote")
-    cache = Path(data.cache).expanduser()
-    parts = [RemoteCorpus(name, cache, int(data.cache_gb * 1e9)) if is_remote(name) else Corpus(name) for name in data.corpora]
-    corpus: Utterances = parts[0] if len(parts) == 1 else Joined(parts)
-    if data.only or data.held_out or data.fraction < 1:
-        corpus = Selected(corpus, data.only, read_held_out(data.held_out) if data.held_out else (), data.fraction)
-    return Shuffled(corpus, seed) if data.shuffle_modalities else corpus
-
-
-def read_held_out(path: str) -> tuple[str, ...]:
-    """Read the beginnings of ids that are held out, one per line; `#` begins a comment where it begins a line.
-
-    Raises:
-        ConfigError: the file does not exist or names nothing.
-    """
-    if not Path(path).is_file():
-        raise ConfigError(f"data.held_out: {path} does not exist; it is a text file with one id, or beginning of ids, per line")
-    lines = tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip() and not line.startswith("#"))
-    if not lines:
-        raise ConfigError(f"data.held_out: {path} names nothing")
-    return lines
-
-
-def folders_of(data: DataConfig) -> list[Path]:
-    """Give where each corpus' manifest and tokenizer lie on this node."""
-    return [local_folder(name, Path(data.cache).expanduser()) for name in data.corpora]
-
-
-def expressions_of(corpus: Utterances) -> list[str]:
-    """Give the classes of a corpus' expression teacher; none without a teacher."""
-    return list((corpus.manifest.get("visual_emotion") or {}).get("classes", []))
-
-
-def make_encoder(data: DataConfig, corpus: Utterances, tokenizer: Any) -> Encoder:
-    """Give what turns stored utterances into packed ones for this corpus."""
-    return Encoder(
-        TextEncoder(tokenizer, data.max_text),
-        Features.from_manifest(corpus.manifest["visual"], data.max_visual),
-        Features.from_manifest(corpus.manifest["acoustic"], data.max_acoustic),
-        len(expressions_of(corpus)),
-        Features.of_text(corpus.manifest),
-    )
 
 
 def _build(config: RunConfig, corpus: Utterances, world: distributed.World) -> Built:
@@ -281,7 +174,7 @@ def _check_positions(positions: int, encoder: Encoder) -> None:
             raise ConfigError(f"data.max_{key}: up to {longest} positions are needed, model.positions is {positions}; lower one or raise the other")
 
 
-def _train(config: RunConfig, engine: Engine, built: Built, corpus: Utterances, world: distributed.World, folder: Path, first: int) -> Any:
+def _train(config: RunConfig, engine: Engine, built: Built, opened: Opened, world: distributed.World, folder: Path, first: int) -> Any:
     """Set up everything around the loop; calling the result with the preemption runs it."""
     loop, optim = config.run, config.optim
     if world.is_main:
@@ -289,13 +182,13 @@ def _train(config: RunConfig, engine: Engine, built: Built, corpus: Utterances, 
         (folder / "deepspeed.json").write_text(json.dumps(engine.config, indent=1))
     distributed.barrier()
     steps = Steps(
-        corpus, Order(len(corpus), loop.seed), built.encoder, built.plan,
+        opened.utterances, opened.order, built.encoder, built.plan,
         global_batch=config.data.global_batch, max_tokens=config.data.max_tokens, rank=world.rank, world=world.size,
     )
     outputs = trackers(folder, first, loop.track, to_dict(config)) if world.is_main else []
 
     def save(step: int) -> None:
-        state = checkpoint.State(step, *engine.state(), meta=_identity(built, corpus) | {"seed": loop.seed})
+        state = checkpoint.State(step, *engine.state(), meta=_identity(built) | {"seed": loop.seed, "corpora": [stage.record() for stage in opened.stages]})
         checkpoint.save(folder / "checkpoints", state, world, folder / "assets", keep=loop.keep)
 
     def track(row: dict[str, Any]) -> None:
@@ -360,16 +253,16 @@ RESUMABLE = ("data.corpora", "data.cache", "data.max_tokens", "data.workers", "z
 """Keys that may change when a run goes on: they do not change what is computed (`zero` and `max_tokens` up to rounding; a corpus may move)."""
 
 
-def _identity(built: Built, corpus: Utterances) -> dict[str, Any]:
+def _identity(built: Built) -> dict[str, Any]:
     """Give what must be the same for a run to go on."""
-    return {"shape": built.shape, "tasks": list(built.model.tasks), "utterances": len(corpus)}
+    return {"shape": built.shape, "tasks": list(built.model.tasks)}
 
 
 def _check_fits(meta: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Raise where a checkpoint's model or corpus is another; a corpus may have moved, but not changed."""
+    """Raise where a checkpoint's model is another."""
     changed = differences({key: meta[key] for key in mine}, mine)
     if changed:
-        raise DataError(f"the checkpoint belongs to another model or corpus ({'; '.join(changed)}); nothing was loaded; choose another run.output")
+        raise DataError(f"the checkpoint belongs to another model ({'; '.join(changed)}); nothing was loaded; choose another run.output")
 
 
 def _finish(folder: Path, world: distributed.World, result: Result) -> None:

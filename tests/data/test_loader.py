@@ -12,7 +12,8 @@ from emoscale.config import DataError
 from emoscale.data.collate import Encoder
 from emoscale.data.loader import StepData, Steps
 from emoscale.data.masking import MaskingPlan, MaskSpec
-from emoscale.data.streams import Corpus, Order
+from emoscale.data.order import Order
+from emoscale.data.streams import Corpus
 from emoscale.data.synthetic import Synthetic
 from tests.data.conftest import COUNT, Listed
 from tests.packing import utterance_parts

@@ -11,7 +11,7 @@ import pytest
 
 from emoscale.batch import Utterance
 from emoscale.config import DataError
-from emoscale.data.streams import Corpus, Joined, Order, Selected, Shuffled
+from emoscale.data.streams import Corpus, Joined, Selected, Shuffled
 from emoscale.data.synthetic import Synthetic
 from tests.data.conftest import COUNT, Listed
 
@@ -223,33 +223,3 @@ def test_shuffled_modalities_come_from_three_utterances_each_used_once(count: in
 def test_two_utterances_cannot_be_mixed() -> None:
     with pytest.raises(DataError, match=r"data\.shuffle_modalities: 2 utterances are too few"):
         Shuffled(Listed([Utterance("a"), Utterance("b")], {}), 0)
-
-
-@pytest.mark.parametrize("count", [1, 2, 5, 12, 100])
-@pytest.mark.parametrize("block", [1, 3, 4, 1 << 16])
-def test_every_pass_takes_every_utterance_once(count: int, block: int) -> None:
-    order = Order(count, 3, block)
-    passes = []
-    for turn in range(3):
-        places = [order.at(place) for place in range(turn * count, (turn + 1) * count)]
-        assert {found for found, _ in places} == {turn}
-        passes.append([number for _, number in places])
-        assert sorted(passes[-1]) == list(range(count))
-    if count >= 12:
-        assert passes[0] != passes[1] != passes[2]
-        assert passes[0] != sorted(passes[0])
-        assert [Order(count, 4, block).at(i)[1] for i in range(count)] != passes[0]
-    assert [Order(count, 3, block).at(i)[1] for i in range(count)] == passes[0]
-
-
-def test_places_are_read_in_any_order_and_blocks_stay_together() -> None:
-    order = Order(100, 0, 8)
-    assert [order.at(i) for i in (250, 3, 99, 0)] == [Order(100, 0, 8).at(i) for i in (250, 3, 99, 0)]
-    blocks = [order.at(place)[1] // 8 for place in range(100)]
-    changes = sum(a != b for a, b in zip(blocks, blocks[1:], strict=False))
-    assert changes == 12, "13 blocks, each read to its end"
-
-
-def test_an_empty_corpus_is_refused() -> None:
-    with pytest.raises(DataError, match="holds no utterance"):
-        Order(0, 0)

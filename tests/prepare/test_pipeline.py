@@ -144,13 +144,26 @@ def test_a_corpus_killed_while_it_is_written_is_written_again(films, tmp_path, m
 def test_more_films_make_a_new_generation_with_the_same_tokenizer(films, film, write_srt, tmp_path):
     run(films, tmp_path / "out")
     tokenizer = {k: v for k, v in hashes(tmp_path / "out").items() if k.startswith("tokenizer")}
+    before, ids = verify(tmp_path / "out"), [item.id for item in read_utterances(tmp_path / "out")]
     film(films / "a_new.mp4", 3.0)
     write_srt(films / "a_new.srt", [(0.5, 2.5, "Something entirely different")])
     summary = run(films, tmp_path / "out")
     assert (summary.extracted, summary.reused, summary.generation, summary.counts["utterances"]) == (1, 6, 2, 13)
     assert {k: v for k, v in hashes(tmp_path / "out").items() if k.startswith("tokenizer")} == tokenizer
-    assert next(read_utterances(tmp_path / "out")).id == "a_new#0000"
-    verify(tmp_path / "out")
+    found = list(read_utterances(tmp_path / "out"))
+    assert found[-1].id == "a_new#0000", "what stood there keeps its number"
+    assert [item.id for item in found[:12]] == ids
+    manifest = verify(tmp_path / "out")
+    assert manifest["generations"] == [{"generation": 1, "utterances": 12, "shards": 1}, {"generation": 2, "utterances": 13, "shards": 2}]
+    assert manifest["shards"][:1] == before["shards"]
+    assert (manifest["visual"], manifest["acoustic"]) == (before["visual"], before["acoustic"]), "models know the constants"
+    assert manifest["counts"]["words"] == before["counts"]["words"] + 3
+    assert manifest["counts"]["files"] == 7
+    (films / "a_new.srt").unlink()
+    (films / "a_new.mp4").unlink()
+    changed = run(films, tmp_path / "out")
+    assert (changed.generation, changed.counts["utterances"]) == (3, 12)
+    assert [entry["generation"] for entry in verify(tmp_path / "out")["generations"]] == [3], "numbered anew"
 
 
 def break_empty(films: Path) -> None:
@@ -327,3 +340,17 @@ def test_text_features_come_with_a_manifest(tmp_path):
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"dialogue": "d", "text_features": "f.npz:wrong"}])))
     with pytest.raises(DataError, match="text_features has 4 values per frame, the corpus has 5"):
         run(tmp_path / "m.jsonl", tmp_path / "out")
+
+
+def test_a_stored_corpus_grows_by_its_new_shards(tmp_path):
+    talks = lambda names: "\n".join(json.dumps({"text": f"{name} {i}", "dialogue": name}) for name in names for i in range(3))  # noqa: E731
+    (tmp_path / "m.jsonl").write_text(talks("bc"))
+    given = [tmp_path / "m.jsonl", tmp_path / "out", f"upload=file://{tmp_path / 'store'}"]
+    assert any("files to file://" in line for line in run(*given).lines)
+    first = (tmp_path / "store/shard.00000.mds").stat().st_mtime_ns
+    (tmp_path / "m.jsonl").write_text(talks("abc"))
+    run(*given)
+    assert (tmp_path / "store/shard.00000.mds").stat().st_mtime_ns == first, "not stored again"
+    assert [item.text for item in read_utterances(tmp_path / "store")] == [f"{name} {i}" for name in "bca" for i in range(3)]
+    assert hashes(tmp_path / "store").keys() == {name for name in hashes(tmp_path / "out") if not name.startswith(".parts")}
+    verify(tmp_path / "store")

@@ -46,7 +46,7 @@ def test_shards_give_back_what_was_written(tmp_path):
         utterance(2, 4, 0),
         utterance(3, 0, 0),
     ]  # MDS refuses empty arrays
-    shards, _ = write_shards(iter(utterances), WIDTHS, tmp_path / "out", 1 << 26)
+    shards = write_shards(iter(utterances), WIDTHS, tmp_path / "out", 1 << 26, Statistics())
     back = list(read_utterances(tmp_path / "out"))
     assert [shard["utterances"] for shard in shards] == [4]
     for a, b in zip(utterances, back, strict=True):
@@ -55,14 +55,14 @@ def test_shards_give_back_what_was_written(tmp_path):
 
 
 def test_an_empty_modality_takes_the_width_of_the_corpus(tmp_path):
-    write_shards(iter([Utterance(id="t", text="only text")]), WIDTHS, tmp_path / "out", 1 << 26)
+    write_shards(iter([Utterance(id="t", text="only text")]), WIDTHS, tmp_path / "out", 1 << 26, Statistics())
     (back,) = read_utterances(tmp_path / "out")
     assert (back.acoustic.shape, back.visual.shape, back.visual_emotion.shape) == ((0, 4), (0, 3), (0, 2))
 
 
 def test_no_teacher_means_no_columns_but_as_many_rows(tmp_path):
     (given,) = [replace(utterance(0, 5, 2), visual_emotion=np.zeros((2, 0), np.float16))]
-    write_shards(iter([given]), WIDTHS | {"visual_emotion": 0}, tmp_path / "out", 1 << 26)
+    write_shards(iter([given]), WIDTHS | {"visual_emotion": 0}, tmp_path / "out", 1 << 26, Statistics())
     (back,) = read_utterances(tmp_path / "out")
     assert_same(given, back)
 
@@ -70,7 +70,7 @@ def test_no_teacher_means_no_columns_but_as_many_rows(tmp_path):
 def test_a_different_width_is_an_error(tmp_path):
     odd = Utterance(id="odd", acoustic=np.zeros((2, 5), np.float16))
     with pytest.raises(DataError, match="odd: acoustic has 5 values per frame, the corpus has 4"):
-        write_shards(iter([odd]), WIDTHS, tmp_path / "out", 1 << 26)
+        write_shards(iter([odd]), WIDTHS, tmp_path / "out", 1 << 26, Statistics())
 
 
 def test_statistics_are_those_of_all_frames():
@@ -123,7 +123,7 @@ def test_a_damaged_part_counts_as_missing(tmp_path):
 
 def corpus(folder, numbers: range) -> None:
     (folder / ".parts").mkdir(parents=True, exist_ok=True)
-    shards, _ = write_shards((utterance(n, 50, 5) for n in numbers), WIDTHS, folder / "fresh", 1 << 16)
+    shards = write_shards((utterance(n, 50, 5) for n in numbers), WIDTHS, folder / "fresh", 1 << 16, Statistics())
     (folder / "fresh/manifest.json").write_text(json.dumps({"shards": shards}))
     publish(folder / "fresh", folder)
 

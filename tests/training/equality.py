@@ -17,14 +17,14 @@ from torch import Tensor
 from emoscale import distributed
 from emoscale.batch import Utterance
 from emoscale.data.loader import Steps
-from emoscale.data.streams import Order
+from emoscale.data.order import Order
 from emoscale.data.synthetic import Synthetic
 from emoscale.data.tokens import load_tokenizer
 from emoscale.models.config import ModelConfig
 from emoscale.training.build import Built, build
+from emoscale.training.corpora import DataConfig, expressions_of, make_encoder
 from emoscale.training.engine import Engine, OptimConfig, ZeroConfig
 from emoscale.training.loop import Hooks, train
-from emoscale.training.run import DataConfig, expressions_of, make_encoder
 from tests.corpora import write_tokenizer
 
 SEED, UTTERANCES, GLOBAL_BATCH = 7, 48, 16

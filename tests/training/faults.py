@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from emoscale import distributed
 from emoscale.config import EmoscaleError
 from emoscale.data.loader import StepData, Steps
-from emoscale.data.streams import Order
+from emoscale.data.order import Order
 from emoscale.models.task import Task
 from emoscale.training.build import Built
 from emoscale.training.engine import Engine, OptimConfig, ZeroConfig

@@ -12,7 +12,7 @@ from emoscale.models.config import ModelConfig
 from emoscale.models.unified import UnifiedTransformer
 from emoscale.training.assets import write_assets
 from emoscale.training.build import Built, build
-from emoscale.training.run import DataConfig
+from emoscale.training.corpora import DataConfig
 
 
 @pytest.fixture

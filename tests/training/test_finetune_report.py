@@ -32,6 +32,7 @@ def test_scores_can_be_recomputed_from_the_answers(arm: str, tuned: Tuned) -> No
     assert found["arms"][arm]["wa"] == pytest.approx(np.mean([row["truth"] == row["predicted"] for row in rows]))
     (run,) = [run for run in found["runs"] if run["arm"] == arm]
     assert run["test_uar"] == pytest.approx(uar(rows))
+    assert run["test_wa"] == found["arms"][arm]["wa"]
     assert run["labels_used"] + 2 * len(rows) <= 84 + len(rows)
 
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from emoscale.data.collate import Encoder
 from emoscale.data.loader import Steps
 from emoscale.data.masking import MaskingPlan, MaskSpec
-from emoscale.data.streams import Order
+from emoscale.data.order import Order
 from emoscale.data.synthetic import Synthetic, synthetic_tokenizer
 from emoscale.data.tokens import Features, TextEncoder
 from emoscale.models.task import Sizes, TaskModel
