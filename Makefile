@@ -4,6 +4,7 @@
 # make demo-tables  the tables of the paper: arms, ablations, shares of the labels and of the corpus
 # make demo-report  the demo table: three seeds, every arm, the control
 # make lint         format, style and types
+# make gpu-check    on a machine with a GPU: build csrc/, run the tests that need one, measure kernels and a step
 # make native       build csrc/ with the torch of .venv
 # make clean        remove what the other targets made
 
@@ -33,7 +34,7 @@ endef
 
 timed = @start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(($$(date +%s) - start)) s"
 
-.PHONY: quickstart test test-ranks test-slurm test-s3 demo-report demo-tables lint native clean
+.PHONY: quickstart test test-ranks test-slurm test-s3 demo-report demo-tables gpu-check lint native clean
 .DELETE_ON_ERROR:
 
 ifeq ($(CORPUS),)
@@ -83,6 +84,10 @@ test-slurm: $(VENV)/.installed-dev
 
 test-s3: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/s3 $(PYTEST_ARGS)
+
+gpu-check: native
+	$(BIN)/python -m pytest -q -m gpu tests
+	$(EMOSCALE) bench gpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -169,17 +169,18 @@ def export(
 
 @app.command(epilog="Example: `emoscale bench step`")
 def bench(
-    what: Annotated[str, typer.Argument(help="step, data or kernels.")],
+    what: Annotated[str, typer.Argument(help="step, kernels, or gpu for both on a GPU.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
     json: Json = False,
 ) -> None:
-    """Measure a training step (packed against padded), the data path, or the kernels."""
+    """Measure a training step (packed against padded), or the kernels against their peers."""
     from emoscale.training.bench import BENCHES
+    from emoscale.training.bench_kernels import told
 
     if what not in BENCHES:
         raise typer.BadParameter(f"{what!r} is none of {', '.join(BENCHES)}")
     result = BENCHES[what](overrides or [])
-    _show(result, json, "\n".join(f"{name:<32} {_short(value)}" for name, value in result.items()))
+    _show(result, json, told(result) if "rows" in result else "\n".join(f"{name:<32} {_short(value)}" for name, value in result.items()))
 
 
 @app.command(epilog="Example: `emoscale config pretrain optim.lr`")

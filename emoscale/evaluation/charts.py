@@ -65,6 +65,23 @@ def line_chart(title: str, curves: Mapping[str, Curve]) -> str:
     )
 
 
+def bar_chart(title: str, values: Mapping[str, float]) -> str:
+    """Draw one bar per name, from zero on a linear scale, with its value behind it."""
+    longest, step, left = max(values.values()), 22, 150
+    height = TOP + step * len(values) + 4
+    parts = []
+    for order, (name, value) in enumerate(values.items()):
+        top, wide = TOP + step * order, max(value / longest, 0.0) * (WIDTH - left - 60)
+        parts.append(f'<text class="tick" x="{left - 6}" y="{top + 12}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<rect style="fill:var(--c{order % COLOURS})" x="{left}" y="{top + 2}" width="{wide:.1f}" height="{step - 8}"/>')
+        parts.append(f'<text class="tick" x="{left + wide + 5:.1f}" y="{top + 12}">{number(value)}</text>')
+    spoken = escape(f"{title}: " + ", ".join(f"{name} {number(value)}" for name, value in values.items()))
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{spoken}">{"".join(parts)}</svg></figure>'
+    )
+
+
 def legend(names: Sequence[str]) -> str:
     """Give the colour key of charts drawn with these curve names in this order."""
     keys = "".join(

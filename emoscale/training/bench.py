@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from emoscale.batch import Batch, Targets
-from emoscale.config import load
+from emoscale.config import ConfigError, load
 from emoscale.data.collate import Encoder
 from emoscale.data.loader import Steps
 from emoscale.data.masking import MaskingPlan, MaskSpec
@@ -25,6 +27,7 @@ from emoscale.models.config import ModelConfig
 from emoscale.models.task import Sizes, TaskModel
 from emoscale.models.unified import Layer, UnifiedTransformer
 from emoscale.objectives import OBJECTIVES
+from emoscale.training.bench_kernels import bench_kernels
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench" / "step.yaml"
 MIX = {"masked_text": 2.0, "masked_acoustic": 1.0, "masked_visual": 1.0, "visual_emotion": 1.0}
@@ -43,6 +46,10 @@ class BenchConfig:
     """Utterances of the batch."""
     threads: int = 2
     """CPU threads."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the products (autocast); weights stay in fp32."""
     repeats: int = 7
     """Interleaved runs of each side."""
 
@@ -60,25 +67,45 @@ def bench_step(overrides: list[str]) -> dict[str, Any]:
     """
     config = load(BenchConfig, CONFIG if CONFIG.is_file() else None, overrides)
     torch.set_num_threads(config.threads)
-    model, batch = _model(config), _batch(config)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda is asked for, and PyTorch finds no GPU; leave it out, or look at `emoscale doctor`")
+    model, batch = _model(config).to(config.device), _batch(config)
     scales = {name: 1.0 / max(1, batch.targets[name].count) for name in MIX}
-    padded_batch = _pad(batch)
+    padded_batch, batch = _pad(batch).to(config.device), batch.to(config.device)
     packed: Callable[[], Tensor] = lambda: model(batch, scales)[0]  # noqa: E731  # two one-line sides of one comparison
     padded: Callable[[], Tensor] = lambda: _padded_loss(model, batch, padded_batch, scales)  # noqa: E731
-    with torch.no_grad():
-        difference = abs(float(packed()) - float(padded()))
-    times = _interleaved([packed, padded], model, config.repeats)
+    with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.no_grad():
+            difference = abs(float(packed()) - float(padded()))
+        times = _interleaved([packed, padded], model, config.repeats)
     valid, width = batch.tokens, batch.max_seqlen * batch.utterances
     share = 1.0 - valid / width
     fast, slow = (statistics.median(side) for side in times)
     return {
-        "threads": config.threads, "size": config.size, "utterances": config.utterances, "valid_tokens": valid, "padding_share": share,
+        "device": torch.cuda.get_device_name() if config.device == "cuda" else "cpu", "precision": config.precision, "threads": config.threads,
+        "size": config.size, "utterances": config.utterances, "valid_tokens": valid, "padding_share": share,
         "loss_difference": difference, "packed_s": fast, "padded_s": slow, "packed_valid_tokens_per_s": valid / fast,
         "padded_valid_tokens_per_s": valid / slow, "ratio": slow / fast, "wanted": 0.9 / (1.0 - share),
     }
 
 
-BENCHES: dict[str, Callable[[list[str]], dict[str, Any]]] = {"step": bench_step}
+def bench_gpu(overrides: list[str]) -> dict[str, Any]:
+    """Run both on the GPU and write `<output>/<gpu>/<date>.json` with its page beside it (`make gpu-check`).
+
+    Args:
+        overrides: of the kernels' configuration; the step is a BERT-base one in bf16.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("gpu: PyTorch finds no GPU here; look at `emoscale doctor`, or run `emoscale bench kernels` on the CPU")
+    name = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
+    folder = Path("benchmarks") / name
+    step = bench_step(["device=cuda", "precision=bf16", "size=base", "utterances=640"])
+    result = bench_kernels(["device=cuda", f"output={folder / 'latest'}", *overrides])
+    (folder / f"{time.strftime('%Y-%m-%d', time.gmtime())}.json").write_text(json.dumps(result | {"step": step}, indent=1) + "\n")
+    return result | {"step": step}
+
+
+BENCHES: dict[str, Callable[[list[str]], dict[str, Any]]] = {"step": bench_step, "kernels": bench_kernels, "gpu": bench_gpu}
 
 
 def _model(config: BenchConfig) -> TaskModel:
@@ -109,11 +136,19 @@ def _interleaved(sides: list[Callable[[], Tensor]], model: TaskModel, repeats: i
     for turn in range(repeats + 1):
         for side, taken in zip(sides, times, strict=True):
             model.zero_grad(set_to_none=True)
+            _wait(model)
             start = time.perf_counter()
             side().backward()
+            _wait(model)
             if turn:  # the first turn warms caches and allocators
                 taken.append(time.perf_counter() - start)
     return times
+
+
+def _wait(model: TaskModel) -> None:
+    """Let a GPU finish what it was given."""
+    if next(model.parameters()).device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 @dataclass
@@ -128,6 +163,11 @@ class _Padded:
     """Per modality its padded tensors, flattened over utterances and positions, as its embedder takes them."""
     sources: Tensor
     """int64 [t]: row of each packed token among the padded embeddings of all modalities."""
+
+    def to(self, device: str) -> _Padded:
+        """Copy every tensor to a device."""
+        inputs = {name: tuple(tensor.to(device) for tensor in tensors) for name, tensors in self.inputs.items()}
+        return _Padded(self.valid.to(device), self.places.to(device), inputs, self.sources.to(device))
 
 
 def _pad(batch: Batch) -> _Padded:

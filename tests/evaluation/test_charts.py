@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from emoscale.evaluation.charts import interval_mark, line_chart, number, ticks
+from emoscale.evaluation.charts import bar_chart, interval_mark, line_chart, number, ticks
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.2, 0.71), (-3, 1200), (1e-7, 5e-5), (5, 5), (0, 0), (-2, -2)])
@@ -70,3 +71,13 @@ def test_interval_mark_is_to_scale() -> None:
     dot = float(re.search(r'cx="([\d.]+)"', svg).group(1))
     low, high = (float(x) for x in re.search(r'whisker" x1="([\d.]+)" x2="([\d.]+)"', svg).groups())
     assert dot == pytest.approx((low + high) / 2)
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    drawn = bar_chart("time <s>", {"ours": 1.0, "padded & eager": 4.0, "none": 0.0})
+    widths = [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"', drawn)]
+    assert widths[0] == pytest.approx(widths[1] / 4, abs=0.1)
+    assert widths[2] == 0
+    assert "time &lt;s&gt;" in drawn
+    assert "padded &amp; eager" in drawn
+    ElementTree.fromstring(drawn)
