@@ -43,8 +43,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: registers per thread; bytes of stack per thread and of shared memory per program;
-    instructions, counted once each however often they run."""
+    """What one compiled kernel takes.
+
+    Registers per thread; bytes of stack per thread and of shared memory per program; instructions as they stand in the
+    code, not as often as they run: all, and those that `INSTRUCTIONS` counts.
+    """
 
     registers: int
     spills: int
@@ -76,7 +79,9 @@ def _tool(name: str) -> str:
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: this build of Triton {triton.__version__} brings no {name}; take the wheel from PyPI")
+        raise FileNotFoundError(
+            f"{path}: this build of Triton {triton.__version__} brings no {name}; take the wheel from PyPI"
+        )
     return str(path)
 
 
@@ -110,7 +115,9 @@ def compile_variant(variant: Variant) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
         file.flush()
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
         code = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
     opcodes = re.findall(r"^\s+(?:/\*[0-9a-f]+\*/)?\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, flags=re.MULTILINE)
     taken = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
@@ -127,7 +134,11 @@ def variants() -> Iterator[Variant]:
 
 
 def table() -> dict[str, Resources]:
-    """Compile every variant; the names must differ."""
+    """Compile every variant.
+
+    Raises:
+        ValueError: two variants have one name.
+    """
     rows: dict[str, Resources] = {}
     for variant in variants():
         if variant.name in rows:
