@@ -253,8 +253,6 @@ def test_long_sequences_are_taken_apart_and_joined(lengths: list[int], ties: boo
         pooled, peak = triton.forward(x, cu, cap=cap)
         torch.testing.assert_close(pooled, expected[0])
         torch.testing.assert_close(triton.backward(upstream, peak, x, cu, cap=cap), expected[1])
-        whole = triton.forward(x, cu)[1]
-        assert torch.equal(torch.where(peak < 0, ~peak, peak), torch.where(whole < 0, ~whole, whole))
 
 
 def test_the_benchmark_checks_before_it_times() -> None:

@@ -21,8 +21,13 @@ from emoscale.kernels.max_mean_pool.fake import max_mean_pool_backward as fake_b
 from emoscale.kernels.register import register
 
 SHARED = tl.constexpr(-(2**31))
-"""Sign bit: several rows hold the maximum. Alone, as `~0x7fffffff`, in what is kept: the pooled value is NaN."""
+"""Sign bit: rows that are not known hold the maximum too. Alone, in `peak`: the pooled value is NaN."""
 NO_ROW = tl.constexpr(0x7FFFFFFF)
+PAIR = tl.constexpr(15)
+FIRST = tl.constexpr(2**15 - 1)
+"""`peak` holds the first row of a maximum, and from this bit on how far behind it the second lies: half precision has pairs
+in most blocks of columns. The complement of the first row stands for more rows, which the backward looks up in x. In
+sequences of 2^15 rows and more there are no pairs."""
 
 
 class Config(NamedTuple):
@@ -78,9 +83,8 @@ def _take(value, row, total, top, where):
 
 
 @triton.jit
-def _finish(total, top, where, length, out, peak, at, inside):
+def _finish(total, top, kept, length, out, peak, at, inside):
     pooled = tl.where(length > 0, top + total / tl.maximum(length, 1).to(total.dtype), 0.0)
-    kept = tl.where(where < 0, ~(where & NO_ROW), where)
     tl.store(out + at, pooled.to(out.dtype.element_ty), mask=inside)
     tl.store(peak + at, tl.where(pooled == pooled, kept, SHARED), mask=inside)
 
@@ -114,15 +118,16 @@ def _forward(
     best = tl.max(top, axis=0)
     holds = top == best[None, :]
     first = tl.min(tl.where(holds, where & NO_ROW, NO_ROW), axis=0)
-    holders = tl.sum(tl.where(holds, tl.where(where < 0, 2, 1), 0), axis=0)
-    found = tl.where(holders > 1, first | SHARED, first)
+    last = tl.max(tl.where(holds, where & NO_ROW, 0), axis=0)
+    holders = tl.sum(tl.where(holds, tl.where(where < 0, 3, 1), 0), axis=0)  # exact up to 2
     if (program < sequences) & (length <= CAP):
-        _finish(tl.sum(total, axis=0), best, found, length, out, peak, sequence * width + column, inside)
+        kept = tl.where(holders > 2, ~first, first | ((last - first) << PAIR))
+        _finish(tl.sum(total, axis=0), best, kept, length, out, peak, sequence * width + column, inside)
     else:
         slot = tl.where(program < sequences, (start + CAP) // CAP, chunks + program - sequences)
         tl.store(totals + slot * width + column, tl.sum(total, axis=0), mask=inside)
         tl.store(tops + slot * width + column, best, mask=inside)
-        tl.store(wheres + slot * width + column, found, mask=inside)
+        tl.store(wheres + slot * width + column, tl.where(holders > 1, first | SHARED, first), mask=inside)
 
 
 @triton.jit
@@ -144,7 +149,8 @@ def _merge(cu, out, peak, totals, tops, wheres, sequences, chunks, width, CAP: t
         _, top, where = _take(value, row, total, top, where)
         total += tl.load(totals + at, mask=inside, other=0.0)
         at += width
-    _finish(total, top, where, length, out, peak, sequence * width + column, inside)
+    kept = tl.where(where < 0, ~(where & NO_ROW), where)
+    _finish(total, top, kept, length, out, peak, sequence * width + column, inside)
 
 
 @triton.jit
@@ -160,12 +166,15 @@ def _backward(
     lane = tl.arange(0, ROWS)
     g = tl.load(grad + sequence * width + column, mask=inside, other=0.0).to(WIDE)
     kept = tl.load(peak + sequence * width + column, mask=inside, other=0)
-    mean = g / length.to(WIDE)
-    low = tl.where(kept == SHARED, float("nan"), mean)
+    mean = tl.where(kept == SHARED, float("nan"), g / length.to(WIDE))
     shared = (kept < 0) & (kept != SHARED)
     first = tl.where(shared, ~kept, kept)
+    last = first
+    if length <= FIRST:
+        last = tl.where(shared, first, (kept & FIRST) + (kept >> PAIR))
+        first = tl.where(shared, first, kept & FIRST)
     ties = tl.max(shared.to(tl.int32), axis=0) > 0
-    top, count = g, g * 0 + 1
+    top, count = g, tl.where(first == last, 1.0, 2.0).to(WIDE)
     if ties:  # x is read in the columns whose maximum several rows hold, and nowhere else
         top = tl.load(x + (start + first) * stride + column, mask=shared, other=0.0).to(WIDE)
         hits = tl.zeros([ROWS, COLUMNS], tl.int32)
@@ -175,20 +184,27 @@ def _backward(
                 x + (start + done + lane)[:, None] * stride + column[None, :], mask=real, other=float("nan")
             )
             hits += (value.to(WIDE) == top[None, :]).to(tl.int32)
-        count = tl.where(shared, tl.sum(hits, axis=0).to(WIDE), 1.0)
-    high = (mean + g / count).to(dx.dtype.element_ty)
-    low = low.to(dx.dtype.element_ty)
-    for done in range(0, (end - begin).to(tl.int32), ROWS):
-        row = begin + done + lane
-        real = (row < end)[:, None] & inside[None, :]
-        hit = row.to(tl.int32)[:, None] == first[None, :]
-        if ties:
-            value = tl.load(
-                x + (start + row)[:, None] * stride + column[None, :], mask=real & shared[None, :], other=float("nan")
-            )
-            hit = tl.where(shared[None, :], value.to(WIDE) == top[None, :], hit)
-        at = dx + (start + row)[:, None] * width + column[None, :]
-        tl.store(at, tl.where(hit, high[None, :], low[None, :]), mask=real)
+        count = tl.where(shared, tl.sum(hits, axis=0).to(WIDE), count)
+    high = (mean + g / count).to(dx.dtype.element_ty)[None, :]
+    low = mean.to(dx.dtype.element_ty)[None, :]
+    at = dx + (start + begin + lane)[:, None] * width + column[None, :]
+    row = (begin.to(tl.int32) + lane)[:, None]
+    if ties:  # a loop of its own: within one, merging the branches costs twice the instructions of the plain one
+        tile = x + (start + begin + lane)[:, None] * stride + column[None, :]
+        for _ in range(0, (end - begin).to(tl.int32), ROWS):
+            real = (row < end) & inside[None, :]
+            value = tl.load(tile, mask=real & shared[None, :], other=float("nan")).to(WIDE)
+            hit = tl.where(shared[None, :], value == top[None, :], (row == first[None, :]) | (row == last[None, :]))
+            tl.store(at, tl.where(hit, high, low), mask=real)
+            at += ROWS * width
+            tile += ROWS * stride
+            row += ROWS
+    else:
+        for _ in range(0, (end - begin).to(tl.int32), ROWS):
+            hit = (row == first[None, :]) | (row == last[None, :])
+            tl.store(at, tl.where(hit, high, low), mask=(row < end) & inside[None, :])
+            at += ROWS * width
+            row += ROWS
 
 
 def _plan(x: Tensor, cu_seqlens: Tensor, cap: int | None) -> tuple[Config, int, int, int]:
