@@ -9,6 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before anything imports triton, which reads it: kernels then run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.services import is_required, missing
 from tests.training.forks import Forks
@@ -21,8 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Start every test from the same random state, whatever ran before it."""
-    import torch
-
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -52,11 +54,8 @@ def tuned(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") is not None:
-        import torch
-
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     for mark in item.iter_markers("service"):
         reason = missing(mark.args[0])
         if reason and is_required(mark.args[0]):

@@ -25,6 +25,16 @@ for seed in (0, 5, 2**63 - 1):
         for span in (1, 3, 10):
             native, reference = (span_mask(lengths, keys=keys, seed=seed, span=span, ratio=ratio, impl=i) for i in ("native", "reference"))
             assert torch.equal(native, reference), (seed, ratio, span)
+
+from emoscale.kernels import max_mean_pool
+assert explain()["max_mean_pool"]["native"] == "taken", explain()
+x, bounds = torch.randn(900, 77, dtype=torch.float64).mul(8).round(), torch.tensor([0, 0, 5, 800, 900])
+found = []
+for impl in ("native", "reference"):
+    x = x.detach().requires_grad_()
+    pooled = max_mean_pool(x, bounds, impl=impl)
+    found.append((pooled.detach(), *torch.autograd.grad(pooled.square().sum(), x)))
+torch.testing.assert_close(*found)
 """
 
 
@@ -35,6 +45,12 @@ def test_an_operator_that_was_not_built_says_so_and_the_reference_serves() -> No
         assert "make native" in reason
         with pytest.raises(ValueError, match="make native"):
             span_mask(torch.tensor([9]), keys=torch.tensor([1]), seed=0, impl="native")
+
+
+def test_operators_of_an_older_build_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_REASON", {"missing": None})
+    native.declare("of_tomorrow", torch.empty_like)
+    assert native.missing() == "built from older sources, without of_tomorrow (`make native` builds csrc/ anew)"
 
 
 @pytest.mark.slow
