@@ -1,11 +1,13 @@
-// The schemas of torch.ops.emoscale, and nothing else.
+// The schemas of torch.ops.emoscale and their CPU forms; a .cu file registers its own, so that a build without CUDA needs no
+// word of it here.
 #include <Python.h>
 #include <torch/library.h>
 
 #include "span_mask/span_mask.h"
 
 TORCH_LIBRARY(emoscale, library) {
-  library.def("span_mask(Tensor lengths, Tensor counts, Tensor spans, Tensor keys, int seed) -> Tensor");
+  library.def("span_mask(Tensor lengths, Tensor keys, int seed, int span, float ratio, str rule) -> Tensor");
+  library.def("span_mask_planned(Tensor plan, int seed, int total, int width) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(emoscale, CPU, library) { library.impl("span_mask", &emoscale::span_mask_cpu); }
