@@ -80,7 +80,8 @@ def cuda_obstacle() -> str | None:
 
 def extension() -> tuple[list[Extension], dict[str, type]]:
     """Give the extension module and the build command, with CUDA sources only where nvcc is present."""
-    cpp, cuda = sorted(map(str, CSRC.rglob("*.cpp"))), sorted(map(str, CSRC.rglob("*.cu")))
+    cpp = sorted(str(path) for path in CSRC.rglob("*.cpp") if not path.stem.endswith("_cuda"))
+    cuda = sorted(map(str, [*CSRC.rglob("*.cu"), *CSRC.rglob("*_cuda.cpp")]))
     reason = cuda_obstacle() if cuda else "csrc/ holds no CUDA sources"
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # reads CUDA_HOME when imported
 

@@ -1,5 +1,5 @@
-// The schemas of torch.ops.emoscale and their CPU forms; a .cu file registers its own, so that a build without CUDA needs no
-// word of it here.
+// The schemas of torch.ops.emoscale and their CPU forms; a *_cuda.cpp file registers its own, so that a build without CUDA
+// needs no word of it here.
 #include <Python.h>
 #include <torch/library.h>
 

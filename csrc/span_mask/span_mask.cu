@@ -3,14 +3,7 @@
 // The n-th smallest word is found bit by bit from the top (32 counts over the warp), so nothing is sorted; equal words go to
 // the earlier slot by counting them off. A slot's place among the frames is its number plus (span − 1) for every chosen slot
 // before it, so each frame is written exactly once and the output needs no clearing.
-#include "span_mask.h"
-
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+#include "span_mask_launch.h"
 
 #include "../philox.h"
 
@@ -18,8 +11,8 @@ namespace emoscale {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kWarps = 4;            // sequences per block
-constexpr int64_t kWidest = 2048;    // slots; four sequences of words fill 32 of the 48 KB that need no opt-in
+constexpr int kWarps = 4;  // sequences per block
+static_assert(kWarps * kWidest * sizeof(uint32_t) <= 48 * 1024, "the words of a block fit the shared memory that needs no opt-in");
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
 // Counts the words below `bound`; every lane of the warp gets the count.
@@ -73,22 +66,11 @@ span_mask_kernel(const int64_t* __restrict__ plan, int64_t b, uint64_t seed, int
 
 }  // namespace
 
-at::Tensor span_mask_cuda(const at::Tensor& plan, int64_t seed, int64_t total, int64_t width) {
-  TORCH_CHECK_VALUE(plan.dim() == 2 && plan.size(0) == 5, "span_mask: plan is ", plan.sizes(), ", must be [5, b]");
-  TORCH_CHECK_VALUE(width <= kWidest, "span_mask: ", width, " slots in one sequence; the CUDA form takes ", kWidest);
-  const c10::cuda::CUDAGuard guard(plan.device());
-  const at::Tensor packed = plan.contiguous();
-  at::Tensor out = at::empty({total}, packed.options().dtype(at::kBool));
-  const int64_t b = packed.size(1);
-  if (total == 0) return out;
-  const int blocks = static_cast<int>((b + kWarps - 1) / kWarps);
+cudaError_t launch_span_mask(const int64_t* plan, int64_t b, uint64_t seed, int64_t width, bool* flags, cudaStream_t stream) {
+  const unsigned blocks = static_cast<unsigned>((b + kWarps - 1) / kWarps);
   const size_t memory = kWarps * width * sizeof(uint32_t);
-  span_mask_kernel<<<blocks, kWarps * kWarp, memory, c10::cuda::getCurrentCUDAStream()>>>(
-      packed.const_data_ptr<int64_t>(), b, static_cast<uint64_t>(seed), static_cast<int>(width), out.mutable_data_ptr<bool>());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return out;
+  span_mask_kernel<<<blocks, kWarps * kWarp, memory, stream>>>(plan, b, seed, static_cast<int>(width), flags);
+  return cudaGetLastError();
 }
 
 }  // namespace emoscale
-
-TORCH_LIBRARY_IMPL(emoscale, CUDA, library) { library.impl("span_mask_planned", &emoscale::span_mask_cuda); }

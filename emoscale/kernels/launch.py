@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
 
+INSTALLED = importlib.util.find_spec("triton") is not None
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -23,7 +18,7 @@ def interpreted() -> bool:
 
 def refuse(device: torch.device) -> str | None:
     """Say why a Triton kernel cannot run on a device, or None where it can."""
-    if not _installed():
+    if not INSTALLED:
         return "triton is not installed"
     if device.type == "cuda":
         return "TRITON_INTERPRET=1 runs kernels on the CPU" if interpreted() else None
@@ -38,3 +33,13 @@ def unasked(device: torch.device) -> str | None:
 def refuse_dtype(dtype: torch.dtype) -> str | None:
     """Say why a kernel that accumulates in float32 cannot take a dtype, or None where it can."""
     return None if dtype in NARROW else f"takes fp32, fp16 and bf16, not {str(dtype).removeprefix('torch.')}"
+
+
+def refuse_loss(scores: torch.Tensor, target: torch.Tensor | None = None) -> str | None:
+    """Say why a Triton loss over given rows of a target cannot take these tensors, or None where it can."""
+    reason = refuse(scores.device) or refuse_dtype(scores.dtype)
+    if reason is not None or target is None:
+        return reason
+    if target.device != scores.device:
+        return f"the target lies on {target.device}, not on {scores.device}"
+    return "gives no gradient to the target" if target.requires_grad else refuse_dtype(target.dtype)
