@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from emoscale.kernels.native import missing
+from emoscale.kernels.native import ON_LOAD, missing
 from emoscale.kernels.span_mask.plan import Rule, planned, sent
 
 WIDEST = 2048
@@ -36,17 +34,13 @@ def span_mask(
     lengths: Tensor, keys: Tensor, seed: int, span: int, ratio: float, rule: Rule, device: torch.device
 ) -> Tensor:
     """See `reference.span_mask`."""
-    _faked()
     if device.type == "cpu":
         return torch.ops.emoscale.span_mask(lengths, keys, seed, span, ratio, rule)
     plan, total, width = planned(lengths, keys, seed, span, ratio, rule)
     return torch.ops.emoscale.span_mask_planned(sent(plan, device), seed, total, width)
 
 
-@cache
-def _faked() -> None:
-    """Tell torch.compile the shapes; once, and only where the operators are loaded."""
-
+def _fakes() -> None:
     @torch.library.register_fake("emoscale::span_mask")
     def _(lengths: Tensor, keys: Tensor, seed: int, span: int, ratio: float, rule: str) -> Tensor:
         return lengths.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.bool)
@@ -54,3 +48,6 @@ def _faked() -> None:
     @torch.library.register_fake("emoscale::span_mask_planned")
     def _(plan: Tensor, seed: int, total: int, width: int) -> Tensor:
         return plan.new_empty(total, dtype=torch.bool)
+
+
+ON_LOAD.append(_fakes)
