@@ -34,7 +34,7 @@ def _load(logits, target, rows, i, real, LOGITS_STRIDE: tl.constexpr, TARGET_STR
     score = tl.where((column < C)[None, :], score, float("-inf"))
     score = score - tl.max(score, axis=1)[:, None]
     predicted = score - tl.log(tl.sum(tl.exp(score), axis=1))[:, None]
-    return wanted, predicted, inside
+    return wanted, tl.where((column < C)[None, :], predicted, 0.0), inside  # no 0 · −∞ beyond the last class
 
 
 @triton.jit(do_not_specialize=["m"])
