@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emoscale.kernels.aot import Variant
+from emoscale.kernels.launch import looked_at
 
 LIBRARY = torch.library.Library("emoscale", "FRAGMENT")
 TILE = 1024
@@ -22,7 +23,7 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
-def _load(logits, target, rows, i, real, LOGITS_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):  # noqa: ANN001, ANN202, N803
+def _load(logits, target, rows, i, real, LOGITS_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
     """Give the teacher's normalised shares and the model's log-probabilities, and where both are real."""
     row = tl.load(rows + i, mask=real, other=0)
     column = tl.arange(0, COLUMNS)
@@ -38,10 +39,11 @@ def _load(logits, target, rows, i, real, LOGITS_STRIDE: tl.constexpr, TARGET_STR
 
 
 @triton.jit(do_not_specialize=["m"])
-def masked_kl_fwd_kernel(  # noqa: ANN201
-    logits, target, rows, partial, m,  # noqa: ANN001
-    LOGITS_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
+def masked_kl_fwd_kernel(
+    logits, target, rows, partial, m,
+    LOGITS_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Sum the divergences of ROWS rows into one partial sum."""
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     wanted, predicted, inside = _load(logits, target, rows, i, i < m, LOGITS_STRIDE, TARGET_STRIDE, C, COLUMNS)
     entropy = tl.where(wanted == 0.0, 0.0, wanted * tl.log(tl.where(wanted == 0.0, 1.0, wanted)))
@@ -50,10 +52,11 @@ def masked_kl_fwd_kernel(  # noqa: ANN201
 
 
 @triton.jit(do_not_specialize=["m"])
-def masked_kl_bwd_kernel(  # noqa: ANN201
-    upstream, logits, target, rows, grad, m,  # noqa: ANN001
-    LOGITS_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
+def masked_kl_bwd_kernel(
+    upstream, logits, target, rows, grad, m,
+    LOGITS_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Give the gradient of ROWS rows, scaled by the upstream scalar where it lies."""
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     wanted, predicted, inside = _load(logits, target, rows, i, i < m, LOGITS_STRIDE, TARGET_STRIDE, C, COLUMNS)
     whole = tl.sum(wanted, axis=1)[:, None]  # 1, or 0 for a teacher's row of zeros
@@ -124,14 +127,14 @@ class MaskedKL(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, rows: Tensor) -> Tensor:
         """Give the sum, float32."""
         ctx.save_for_backward(logits, target, rows)
-        run = torch.ops.emoscale.masked_kl_fwd if torch.compiler.is_compiling() else _forward
+        run = torch.ops.emoscale.masked_kl_fwd if looked_at() else _forward
         return run(logits, target, rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         """Give d(sum)/d(logits) in the dtype of `logits`."""
-        run = torch.ops.emoscale.masked_kl_bwd if torch.compiler.is_compiling() else _backward
+        run = torch.ops.emoscale.masked_kl_bwd if looked_at() else _backward
         return run(upstream, *ctx.saved_tensors), None, None
 
 

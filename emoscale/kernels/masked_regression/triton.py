@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emoscale.kernels.aot import Variant
+from emoscale.kernels.launch import looked_at
 
 LIBRARY = torch.library.Library("emoscale", "FRAGMENT")
 TILE = 2048
@@ -22,10 +23,11 @@ TILE = 2048
 
 
 @triton.jit(do_not_specialize=["m"])
-def masked_regression_fwd_kernel(  # noqa: ANN201
-    pred, target, rows, partial, m,  # noqa: ANN001
-    PRED_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
+def masked_regression_fwd_kernel(
+    pred, target, rows, partial, m,
+    PRED_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Sum the squared errors of ROWS rows, over the width, into one partial sum."""
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = i < m
     row = tl.load(rows + i, mask=real, other=0)
@@ -40,10 +42,11 @@ def masked_regression_fwd_kernel(  # noqa: ANN201
 
 
 @triton.jit(do_not_specialize=["m"])
-def masked_regression_bwd_kernel(  # noqa: ANN201
-    upstream, pred, target, rows, grad, m,  # noqa: ANN001
-    PRED_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
+def masked_regression_bwd_kernel(
+    upstream, pred, target, rows, grad, m,
+    PRED_STRIDE: tl.constexpr, TARGET_STRIDE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Give the gradient of ROWS rows, scaled by the upstream scalar where it lies."""
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = i < m
     row = tl.load(rows + i, mask=real, other=0)
@@ -118,14 +121,14 @@ class MaskedRegression(torch.autograd.Function):
     def forward(ctx: Any, pred: Tensor, target: Tensor, rows: Tensor) -> Tensor:
         """Give the sum, float32."""
         ctx.save_for_backward(pred, target, rows)
-        run = torch.ops.emoscale.masked_regression_fwd if torch.compiler.is_compiling() else _forward
+        run = torch.ops.emoscale.masked_regression_fwd if looked_at() else _forward
         return run(pred, target, rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         """Give d(sum)/d(pred) in the dtype of `pred`."""
-        run = torch.ops.emoscale.masked_regression_bwd if torch.compiler.is_compiling() else _backward
+        run = torch.ops.emoscale.masked_regression_bwd if looked_at() else _backward
         return run(upstream, *ctx.saved_tensors), None, None
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emoscale.kernels.aot import Variant
+from emoscale.kernels.launch import looked_at
 from emoscale.kernels.span_mask.plan import Rule, planned, sent
 
 LIBRARY = torch.library.Library("emoscale", "FRAGMENT")
@@ -21,7 +22,8 @@ WARPS = {64: 1, 128: 1, 256: 2, 512: 4, 1024: 4, 2048: 8}
 
 
 @triton.jit(do_not_specialize=["b", "seed"])
-def span_mask_kernel(plan, flags, b, seed: tl.int64, BLOCK: tl.constexpr):  # noqa: ANN001, ANN201, N803  # Triton's own
+def span_mask_kernel(plan, flags, b, seed: tl.int64, BLOCK: tl.constexpr):
+    """Mark the spans of sequence `program_id(0)`; BLOCK is a power of two, at least its number of slots."""
     row = tl.program_id(0)
     offset = tl.load(plan + row)
     slots = tl.load(plan + b + row)
@@ -74,7 +76,7 @@ def _(plan: Tensor, seed: int, total: int, width: int) -> Tensor:
 
 def select(plan: Tensor, seed: int, total: int, width: int) -> Tensor:
     """Give bool [total] from a plan (see `plan.planned`) that already lies on the device."""
-    if torch.compiler.is_compiling():
+    if looked_at():
         return torch.ops.emoscale.span_mask_triton(plan, seed, total, width)
     return _launch(plan, seed, total, width)
 
