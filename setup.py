@@ -92,20 +92,23 @@ def extension() -> tuple[list[Extension], dict[str, type]]:
         "extra_link_args": openmp,
     }
     plain = CppExtension(NAME, cpp, **options)
+    module = plain if reason is not None else CUDAExtension(NAME, cpp + cuda, **options)
 
     class Build(BuildExtension):
         """Lets a compiler that fails cost what it compiles, not the installation."""
 
         def run(self) -> None:
-            if self.extensions != [plain]:
-                kind = self.compiler  # run() puts an object in its place, and cannot read that one
+            if module is not plain:
+                before = self.compiler, self.inplace  # run() overwrites both, and cannot start from what it leaves
                 try:
                     return super().run()
                 except FAILURES as error:
                     print(f"emoscale: CUDA operators not built: nvcc failed ({error}); {LOST_CUDA}", file=sys.stderr)
                     if INSIST_CUDA:
                         raise
-                self.extensions, self.compiler = [plain], kind
+                self.compiler, self.inplace = before
+                for part in ("sources", "libraries", "library_dirs", "include_dirs", "extra_compile_args"):
+                    setattr(module, part, getattr(plain, part))
             try:
                 super().run()
             except FAILURES as error:
@@ -118,8 +121,7 @@ def extension() -> tuple[list[Extension], dict[str, type]]:
         if INSIST_CUDA:
             sys.exit(f"emoscale: EMOSCALE_BUILD=cuda, but {reason}")
         print(f"emoscale: CUDA operators not built: {reason}; {LOST_CUDA}", file=sys.stderr)
-        return [plain], {"build_ext": Build}
-    return [CUDAExtension(NAME, cpp + cuda, **options)], {"build_ext": Build}
+    return [module], {"build_ext": Build}
 
 
 def main() -> None:
