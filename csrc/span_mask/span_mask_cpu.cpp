@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <vector>
 
@@ -14,8 +15,8 @@ namespace emoscale {
 namespace {
 
 constexpr int64_t kLongest = (int64_t{1} << 24) - 1;  // the reference packs a slot into 24 bits
-constexpr int64_t kGrain = 128;                       // sequences per task: one takes about 0.2 µs
-constexpr int64_t kFew = 24;                          // up to here a sorted list beats nth_element
+constexpr int64_t kGrain = 256;                       // sequences per task: one takes about 0.2 µs
+constexpr int64_t kFew = 24;                          // up to here repeated search beats nth_element
 constexpr double kWords = 4294967296.0;
 
 struct Rule {
@@ -41,41 +42,58 @@ Spans spans_of(int64_t length, uint64_t key, uint64_t seed, const Rule& rule) {
 struct Scratch {
   std::vector<uint32_t> words;
   std::vector<uint64_t> order;
+  std::vector<uint64_t> chosen;  // one bit per slot
 };
 
-// Gives the `count` slots of the smallest words, ascending; of equal words the earlier slot.
-void choose(int64_t slots, int64_t count, Scratch& scratch) {
-  const uint32_t* words = scratch.words.data();
-  std::vector<uint64_t>& order = scratch.order;
-  if (count <= kFew) {
-    order.assign(count, UINT64_MAX);
-    uint64_t* best = order.data();
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      const uint64_t item = uint64_t{words[slot]} << 32 | static_cast<uint64_t>(slot);
-      if (item > best[count - 1]) continue;
-      int64_t at = count - 1;
-      for (; at > 0 && best[at - 1] > item; --at) best[at] = best[at - 1];
-      best[at] = item;
-    }
-  } else {
-    order.resize(slots);
-    for (int64_t slot = 0; slot < slots; ++slot) order[slot] = uint64_t{words[slot]} << 32 | static_cast<uint64_t>(slot);
-    std::nth_element(order.begin(), order.begin() + (count - 1), order.end());
+// Chooses the `count` slots of the smallest words, of equal words the earlier slot, by taking the smallest `count` times: no
+// branch depends on a word, which is worth more than the fewer comparisons of a heap. Says no where a real word is the one
+// that stands for a slot already taken.
+bool choose_few(int64_t slots, int64_t count, Scratch& scratch) {
+  uint32_t* words = scratch.words.data();
+  const int64_t padded = (slots + kLanes - 1) / kLanes * kLanes;
+  std::fill(words + slots, words + padded, UINT32_MAX);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t slot = smallest(words, padded);
+    if (words[slot] == UINT32_MAX) return false;
+    words[slot] = UINT32_MAX;
+    scratch.chosen[slot / 64] |= uint64_t{1} << (slot % 64);
   }
-  for (int64_t i = 0; i < count; ++i) order[i] &= UINT32_MAX;
-  std::sort(order.begin(), order.begin() + count);
+  return true;
+}
+
+void choose_many(int64_t slots, int64_t count, Scratch& scratch) {
+  std::vector<uint64_t>& order = scratch.order;
+  order.resize(slots);
+  for (int64_t slot = 0; slot < slots; ++slot) order[slot] = uint64_t{scratch.words[slot]} << 32 | static_cast<uint64_t>(slot);
+  std::nth_element(order.begin(), order.begin() + (count - 1), order.end());
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t slot = static_cast<uint32_t>(order[i]);
+    scratch.chosen[slot / 64] |= uint64_t{1} << (slot % 64);
+  }
 }
 
 void mark(int64_t length, uint64_t key, uint64_t seed, const Rule& rule, Scratch& scratch, bool* flags) {
   const Spans spans = spans_of(length, key, seed, rule);
   const int64_t slots = length - spans.count * (spans.size - 1);
-  scratch.words.resize((slots + kLanes - 1) / kLanes * kLanes);
-  slot_words(slots, key, seed, scratch.words.data());
-  choose(slots, spans.count, scratch);
-  for (int64_t i = 0; i < spans.count; ++i) {
-    bool* start = flags + static_cast<int64_t>(scratch.order[i]) + i * (spans.size - 1);
-    for (int64_t frame = 0; frame < spans.size; ++frame) start[frame] = true;
+  const auto draw = [&] {
+    scratch.words.resize((slots + kLanes - 1) / kLanes * kLanes);
+    slot_words(slots, key, seed, scratch.words.data());
+    scratch.chosen.assign(slots / 64 + 1, 0);
+  };
+  draw();
+  if (spans.count > kFew) {
+    choose_many(slots, spans.count, scratch);
+  } else if (!choose_few(slots, spans.count, scratch)) {
+    draw();
+    choose_many(slots, spans.count, scratch);
   }
+  int64_t before = 0;
+  for (size_t part = 0; part < scratch.chosen.size(); ++part)
+    for (uint64_t bits = scratch.chosen[part]; bits != 0; bits &= bits - 1, ++before) {
+      const int64_t slot = static_cast<int64_t>(part) * 64 + std::countr_zero(bits);
+      bool* start = flags + slot + before * (spans.size - 1);
+      for (int64_t frame = 0; frame < spans.size; ++frame) start[frame] = true;
+    }
 }
 
 double rounding(std::string_view rule) {

@@ -63,6 +63,16 @@ def test_equal_words_go_to_the_earlier_slot(impl: str) -> None:
     assert (bool(mask[1332]), bool(mask[1904])) == (True, False)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_largest_word_of_all_is_a_word_like_others(impl: str) -> None:
+    length, key = 16, 408742361
+    assert philox(8, key, 0, 0, 0)[0] == 0xFFFFFFFF
+    lengths, names = torch.tensor([length]), torch.tensor([key])
+    most = span_mask(lengths, keys=names, seed=0, span=1, ratio=15 / 16, impl=impl)
+    assert most.tolist() == [slot != 8 for slot in range(length)]
+    assert span_mask(lengths, keys=names, seed=0, span=1, ratio=0.99, impl=impl).all()
+
+
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("span", [1, 3, 7])
 @pytest.mark.parametrize("ratio", [0.15, 0.4, 0.9])
@@ -252,3 +262,28 @@ def test_on_a_gpu(impl: str, span: int, ratio: float, rule) -> None:
 def test_options_out_of_range_are_named(option: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         span_mask(torch.tensor([9]), keys=keys(1), seed=0, **option)
+
+
+@pytest.mark.parametrize("shape", [(7, 36), (1, 64)])
+def test_the_benchmark_runs_on_what_is_right(shape: tuple[int, int]) -> None:
+    from emoscale.kernels.span_mask import bench
+
+    inputs = bench.build(*shape, ratio=0.3)
+    seconds = bench.measure(inputs, rounds=1, compiled=False)
+    assert {"reference", "numpy loop", "numpy loop, one generator", "torch argsort"} <= set(seconds)
+    assert "triton" not in seconds
+    with pytest.raises(ValueError, match="the flags of wrong are wrong; not timed"):
+        bench.check(inputs, {"wrong": lambda: ~bench.ours(inputs, "reference")()})
+    with pytest.raises(ValueError, match="the flags of outside are wrong; not timed"):
+        bench.check(inputs, {"outside": lambda: torch.ones(shape, dtype=torch.bool)})
+
+
+@pytest.mark.skipif("native" not in IMPLS, reason=str(OP.explain(torch.empty(0))["native"]))
+def test_the_native_form_is_a_hundred_times_the_numpy_loop() -> None:
+    from emoscale.kernels.span_mask import bench
+
+    inputs = bench.build(640, 64)
+    run = {"native": bench.ours(inputs, "native"), "numpy loop": bench.numpy_loop(inputs, per_row=True)}
+    bench.check(inputs, run)
+    seconds = bench.timing.medians(run, rounds=7, threads=1)
+    assert seconds["numpy loop"] >= 100 * seconds["native"]

@@ -1,7 +1,7 @@
 """Span masking: which frames of each sequence are withheld from the model.
 
-Only the choice is a kernel. Withholding costs no pass of its own where the consumer reads the flag: the frame embedder
-replaces a flagged row on its way into its projection (see `models.embedders`).
+Only the choice is an operation of its own. The frame embedder reads the flags where it converts the stored features to its
+dtype (`models.embedders`): two pointwise expressions side by side, which torch.compile makes into one pass.
 """
 
 from __future__ import annotations
