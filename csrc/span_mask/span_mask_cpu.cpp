@@ -15,7 +15,7 @@ namespace emoscale {
 namespace {
 
 constexpr int64_t kLongest = (int64_t{1} << 24) - 1;  // the reference packs a slot into 24 bits
-constexpr int64_t kGrain = 256;                       // sequences per task: one takes about 0.2 µs
+constexpr int64_t kGrain = 1 << 16;                   // frames per task, about 0.2 ms: waking a thread can cost more than less
 constexpr int64_t kFew = 24;                          // up to here repeated search beats nth_element
 constexpr double kWords = 4294967296.0;
 
@@ -119,7 +119,8 @@ at::Tensor span_mask_cpu(const at::Tensor& lengths, const at::Tensor& keys, int6
   }
   at::Tensor out = at::zeros({offsets[b]}, l.options().dtype(at::kBool));
   bool* flags = out.mutable_data_ptr<bool>();
-  at::parallel_for(0, b, kGrain, [&](int64_t begin, int64_t end) {
+  const int64_t rows = std::max<int64_t>(1, kGrain * b / std::max<int64_t>(offsets[b], 1));  // per task, of mean length
+  at::parallel_for(0, b, rows, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t i = begin; i < end; ++i)
       if (length[i] > 0) mark(length[i], static_cast<uint64_t>(key[i]), static_cast<uint64_t>(seed), how, scratch, flags + offsets[i]);
