@@ -87,6 +87,12 @@ def check(op: Op, inputs: Inputs, run: dict[str, Step]) -> None:
             raise ValueError(f"{op.name}: the gradient of {name} is off by {apart.item():.2g}; not timed")
 
 
+def work(inputs: Inputs) -> tuple[float, float]:
+    """Give (bytes, floating-point operations): scores and their targets are read each way, the gradient is written."""
+    read = inputs.scores.nbytes + inputs.scores.numel() * inputs.target.element_size()
+    return float(2 * read + inputs.scores.nbytes), 6.0 * inputs.scores.numel()
+
+
 def measure(
     op: Op, eager: Loss, inputs: Inputs, *, rounds: int = 5, threads: int | None = None, compiled: bool = True
 ) -> dict[str, float]:

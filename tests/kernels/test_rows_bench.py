@@ -19,7 +19,9 @@ def test_the_benchmark_runs_on_what_is_right(op: str, dtype: torch.dtype) -> Non
     seconds = bench.measure(inputs, rounds=2, compiled=False)
     assert set(seconds) == {"reference", "eager by flags", "eager by rows"}
     assert all(value > 0 for value in seconds.values())
-    assert all(isinstance(masked, int) and isinstance(width, int) for masked, width in bench.SHAPES.values())
+    assert set(bench.SHAPES).isdisjoint(bench.LARGE)
+    moved, done = bench.work(inputs)
+    assert (moved, done) == (63 * 7 * (3 * dtype.itemsize + 2 * 2), 6 * 63 * 7)
 
 
 @pytest.mark.parametrize("loss", [masked_regression, masked_kl])

@@ -272,6 +272,7 @@ def test_the_benchmark_runs_on_what_is_right(shape: tuple[int, int]) -> None:
     seconds = bench.measure(inputs, rounds=1, compiled=False)
     assert {"reference", "numpy loop", "numpy loop, one generator", "torch argsort"} <= set(seconds)
     assert "triton" not in seconds
+    assert bench.work(inputs) == (16 * shape[0] + int(inputs.lengths.sum()), 0.0)
     with pytest.raises(ValueError, match="the flags of wrong are wrong; not timed"):
         bench.check(inputs, {"wrong": lambda: ~bench.ours(inputs, "reference")()})
     with pytest.raises(ValueError, match="the flags of outside are wrong; not timed"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -9,10 +10,12 @@ from torch.nn import functional
 
 from emoscale.kernels import rows_bench
 from emoscale.kernels.masked_kl import OP
-from emoscale.kernels.rows_bench import Inputs
+from emoscale.kernels.rows_bench import Inputs, Step, work
 
-SHAPES = {"face": (3_456, 8), "seven": (6_144, 7), "large": (100_000, 28), "huge": (1_000_000, 28)}
+__all__ = ["LARGE", "SHAPES", "build", "check", "competitors", "eager", "measure", "work"]
+SHAPES = {"face": (3_456, 8), "seven": (6_144, 7)}
 """Name → masked frames, classes."""
+LARGE = {"large": (100_000, 28), "huge": (1_000_000, 28)}
 build = partial(rows_bench.build, probabilities=True)
 
 
@@ -21,6 +24,14 @@ def eager(logits: Tensor, target: Tensor, rows: Tensor) -> Tensor:
     wanted = target.float()
     wanted = wanted / wanted.sum(-1, keepdim=True)
     return functional.kl_div(functional.log_softmax(logits, -1), wanted.to(logits.dtype), reduction="sum")
+
+
+def competitors(inputs: Inputs, *, compiled: bool = True) -> dict[str, Step]:
+    """Give what can be timed here, by name."""
+    return rows_bench.competitors(OP, eager, inputs, compiled=compiled)
+
+
+check: Callable[[Inputs, dict[str, Step]], None] = partial(rows_bench.check, OP)
 
 
 def measure(inputs: Inputs, *, rounds: int = 5, threads: int | None = None, compiled: bool = True) -> dict[str, float]:

@@ -14,8 +14,9 @@ from emoscale.kernels.span_mask import OP, span_counts, span_mask
 
 Step = Callable[[], Tensor]
 """Gives bool: packed [t], or padded [b, longest]."""
-SHAPES = {"face": (640, 36), "voice": (640, 64), "long": (640, 512), "large": (4096, 256), "film": (1024, 1500)}
+SHAPES = {"face": (640, 36), "voice": (640, 64)}
 """Name → sequences, longest length; lengths are uniform from half of it."""
+LARGE = {"long": (640, 512), "large": (4096, 256), "film": (1024, 1500)}
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,16 @@ class Inputs:
 
 
 def build(
-    sequences: int, longest: int, *, span: int = 3, ratio: float = 0.15, device: str = "cpu", seed: int = 0
+    sequences: int,
+    longest: int,
+    *,
+    span: int = 3,
+    ratio: float = 0.15,
+    dtype: torch.dtype = torch.bool,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> Inputs:
-    """Draw lengths and keys; both stay on the host, where a loader has them."""
+    """Draw lengths and keys; both stay on the host, where a loader has them. A mask has one dtype, whatever is asked."""
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(longest // 2, longest + 1, (sequences,), generator=random)
     keys = torch.randint(0, 1 << 62, (sequences,), generator=random)
@@ -125,6 +133,11 @@ def check(inputs: Inputs, run: dict[str, Step]) -> None:
             right = not bool((mask.cpu() & ~inside).any()) and 0.7 * inputs.ratio < share < 1.2 * inputs.ratio
         if not right:
             raise ValueError(f"span_mask: the flags of {name} are wrong; not timed")
+
+
+def work(inputs: Inputs) -> tuple[float, float]:
+    """Give (bytes, floating-point operations): lengths and keys are read, flags are written."""
+    return float(2 * inputs.lengths.nbytes + int(inputs.lengths.sum())), 0.0
 
 
 def measure(
