@@ -13,7 +13,7 @@ from emoscale.kernels.masked_kl import OP
 from emoscale.kernels.rows_bench import Inputs, Step, work
 
 __all__ = ["LARGE", "SHAPES", "build", "check", "competitors", "eager", "measure", "work"]
-SHAPES = {"face": (3_456, 8), "seven": (6_144, 7)}
+SHAPES = {"paper": (3_456, 8), "seven": (6_144, 7)}
 """Name → masked frames, classes."""
 LARGE = {"large": (100_000, 28), "huge": (1_000_000, 28)}
 build = partial(rows_bench.build, probabilities=True)

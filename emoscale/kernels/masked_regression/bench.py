@@ -13,7 +13,7 @@ from emoscale.kernels.masked_regression import OP
 from emoscale.kernels.rows_bench import Inputs, Step, work
 
 __all__ = ["LARGE", "SHAPES", "build", "check", "competitors", "eager", "measure", "work"]
-SHAPES = {"face": (3_456, 342), "voice": (6_144, 768)}
+SHAPES = {"paper": (6_144, 768), "face": (3_456, 342)}
 """Name → masked frames, width."""
 LARGE = {"large": (100_000, 768), "huge": (1_000_000, 768)}
 build = partial(rows_bench.build, probabilities=False)

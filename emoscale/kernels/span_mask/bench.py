@@ -14,7 +14,7 @@ from emoscale.kernels.span_mask import OP, span_counts, span_mask
 
 Step = Callable[[], Tensor]
 """Gives bool: packed [t], or padded [b, longest]."""
-SHAPES = {"face": (640, 36), "voice": (640, 64)}
+SHAPES = {"paper": (640, 64), "face": (640, 36)}
 """Name → sequences, longest length; lengths are uniform from half of it."""
 LARGE = {"long": (640, 512), "large": (4096, 256), "film": (1024, 1500)}
 
