@@ -1,4 +1,5 @@
-// The schemas of torch.ops.emoscale, and nothing else.
+// The schemas of torch.ops.emoscale and their CPU forms; a *_cuda.cpp file registers its own, so that a build without CUDA
+// needs no word of it here.
 #include <Python.h>
 #include <torch/library.h>
 
@@ -6,7 +7,8 @@
 #include "span_mask/span_mask.h"
 
 TORCH_LIBRARY(emoscale, library) {
-  library.def("span_mask(Tensor lengths, Tensor counts, Tensor spans, Tensor keys, int seed) -> Tensor");
+  library.def("span_mask(Tensor lengths, Tensor keys, int seed, int span, float ratio, str rule) -> Tensor");
+  library.def("span_mask_planned(Tensor plan, int seed, int total, int width) -> Tensor");
   library.def("max_mean_pool(Tensor x, Tensor cu_seqlens) -> (Tensor pooled, Tensor peak)");
   library.def("max_mean_pool_backward(Tensor grad, Tensor peak, Tensor x, Tensor cu_seqlens) -> Tensor");
 }

@@ -2,11 +2,17 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string_view>
+
 namespace emoscale {
 
-// Marks counts[i] disjoint spans of spans[i] frames in each sequence; the same bits as
-// emoscale/kernels/span_mask/reference.py. All tensors int64 [b] on the CPU; gives bool [sum(lengths)].
-at::Tensor span_mask_cpu(const at::Tensor& lengths, const at::Tensor& counts, const at::Tensor& spans, const at::Tensor& keys,
-                         int64_t seed);
+// Marks disjoint spans in each sequence: counts as `span_counts`, bits as `reference.span_mask` of
+// emoscale/kernels/span_mask. `lengths` and `keys` are int64 [b] on the CPU; gives bool [sum(lengths)].
+// `rule` is "nearest", "floor" or "prob".
+at::Tensor span_mask_cpu(const at::Tensor& lengths, const at::Tensor& keys, int64_t seed, int64_t span, double ratio, std::string_view rule);
+
+// The same bits on a GPU. `plan` is int64 [5, b] there: offsets, slots, counts, spans, keys (emoscale/kernels/span_mask/plan.py);
+// `total` is the sum of the lengths and `width` the most slots of one sequence, at most kWidest. No host sync.
+at::Tensor span_mask_cuda(const at::Tensor& plan, int64_t seed, int64_t total, int64_t width);
 
 }  // namespace emoscale

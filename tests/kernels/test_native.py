@@ -19,12 +19,13 @@ import torch
 from emoscale.kernels import explain, span_mask
 assert explain()["span_mask"]["native"] == "taken", explain()
 torch.manual_seed(0)
-for seed in (0, 5, 2**63 - 1):
+for seed, rule in ((0, "floor"), (5, "nearest"), (2**63 - 1, "prob")):
     lengths, keys = torch.randint(0, 200, (257,)), torch.randint(0, 2**62, (257,))
     for ratio in (0.15, 0.5, 1.0):
         for span in (1, 3, 10):
-            native, reference = (span_mask(lengths, keys=keys, seed=seed, span=span, ratio=ratio, impl=i) for i in ("native", "reference"))
-            assert torch.equal(native, reference), (seed, ratio, span)
+            options = {"keys": keys, "seed": seed, "span": span, "ratio": ratio, "rule": rule}
+            native, reference = (span_mask(lengths, **options, impl=i) for i in ("native", "reference"))
+            assert torch.equal(native, reference), options
 
 from emoscale.kernels import max_mean_pool
 assert explain()["max_mean_pool"]["native"] == "taken", explain()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from emoscale.kernels import timing
 from emoscale.kernels.max_mean_pool import OP, max_mean_pool
 
 Step = Callable[[], Tensor]
 """Runs forward and backward, gives the gradient of its own input."""
 SHAPES = {"paper": (640, 130, 768, 0.25)}
 """Name → sequences, longest length, width, share of padding."""
+LARGE = {"long": (2048, 512, 768, 0.3), "many": (8192, 256, 768, 0.3)}
+"""Those of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -124,36 +125,14 @@ def check(inputs: Inputs, run: dict[str, Step]) -> None:
             raise ValueError(f"max_mean_pool: the gradient of {name} is off by {worst:.2g}; not timed")
 
 
+def work(inputs: Inputs) -> tuple[float, float]:
+    """Give the bytes that nobody can avoid: tokens read, vectors written, their gradient read, the tokens' written."""
+    tokens, vectors = inputs.x.numel() * inputs.x.element_size(), inputs.upstream.numel() * inputs.x.element_size()
+    return 2.0 * (tokens + vectors), 0.0
+
+
 def measure(inputs: Inputs, *, rounds: int = 5, threads: int | None = None) -> dict[str, float]:
-    """Give the median seconds of forward + backward per competitor, checked first.
-
-    Rounds interleave. Every timed run follows two of the same competitor, so that it finds the memory as it left it itself:
-    after a competitor that returns gigabytes to the system, the first touch of a page costs ten times what it costs in a
-    training loop.
-
-    Args:
-        threads: CPU threads; as PyTorch has them where None.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        run = competitors(inputs)
-        check(inputs, run)
-        seconds: dict[str, list[float]] = {name: [] for name in run}
-        for _ in range(rounds):
-            for name, step in run.items():
-                seconds[name].append([_time(step, inputs.x.device) for _ in range(3)][-1])
-    finally:
-        torch.set_num_threads(before)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _time(step: Step, device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    grad = step()
-    wait()
-    end = time.perf_counter()
-    del grad  # freed outside the time
-    return end - start
+    """Give the median seconds of forward + backward per competitor, checked first; see `timing.samples`."""
+    run = competitors(inputs)
+    check(inputs, run)
+    return timing.medians(run, device=inputs.x.device, rounds=rounds, threads=threads)

@@ -6,11 +6,21 @@ import torch
 from torch import Tensor
 
 from emoscale.kernels.philox import WORD, philox
+from emoscale.kernels.span_mask.plan import Rule, span_counts
 
 SLOT_BITS = 24
 
 
-def span_mask(lengths: Tensor, counts: Tensor, spans: Tensor, keys: Tensor, seed: int) -> Tensor:
+def span_mask(
+    lengths: Tensor, keys: Tensor, seed: int, span: int, ratio: float, rule: Rule, device: torch.device
+) -> Tensor:
+    """Mark disjoint spans in each sequence, as many and as long as `span_counts` says."""
+    lengths, keys = lengths.to(device), keys.to(device)
+    counts, spans = span_counts(lengths, span=span, ratio=ratio, rule=rule, keys=keys, seed=seed)
+    return select(lengths, counts, spans, keys, seed)
+
+
+def select(lengths: Tensor, counts: Tensor, spans: Tensor, keys: Tensor, seed: int) -> Tensor:
     """Mark `counts[i]` disjoint spans of `spans[i]` frames in each sequence, uniformly over all such layouts.
 
     Choosing n disjoint spans of s in L frames is choosing n of L − n(s−1) slots: the sorted slots c_0 < c_1 < … start
