@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from emoscale.kernels.dispatch import Op
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 
 @pytest.fixture(autouse=True)
@@ -19,5 +23,5 @@ def poisoned() -> Iterator[None]:
 
 
 def forms(op: Op) -> list[str]:
-    """Give the implementations of an operation that this machine's CPU runs."""
+    """Give the implementations of an operation that this machine's CPU runs, interpreted ones too."""
     return [name for name, state in op.explain(torch.empty(0)).items() if state in ("taken", "available")]
