@@ -1,0 +1,115 @@
+"""The two passes over the logits as registered operators, so that `torch.compile` sees through; eager calls go past them."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from emoscale.kernels.info_nce import blockwise
+
+FORMS = ("triton", "blockwise")
+LIBRARY = torch.library.Library("emoscale", "FRAGMENT")
+
+
+def _module(form: str) -> ModuleType:
+    if form == "blockwise":
+        return blockwise
+    from emoscale.kernels.info_nce import triton
+
+    return triton
+
+
+def _statistics(
+    x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int, form: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _module(form).statistics(x, y, scale, row_valid, col_valid, offset)
+
+
+def _gradients(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    row_valid: Tensor | None,
+    col_valid: Tensor | None,
+    offset: int,
+    keep: float,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = _module(form).gradients(x, y, scale, row_lse, col_lse, shift, weight, row_valid, col_valid, offset, keep)
+    return found
+
+
+LIBRARY.define(
+    "info_nce_statistics(Tensor x, Tensor y, Tensor scale, Tensor? row_valid, Tensor? col_valid, SymInt offset, str form)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "info_nce_gradients(Tensor x, Tensor y, Tensor scale, Tensor row_lse, Tensor col_lse, Tensor shift, Tensor weight, "
+    "Tensor? row_valid, Tensor? col_valid, SymInt offset, float keep, str form) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.impl("info_nce_statistics", _statistics, "CompositeExplicitAutograd")
+LIBRARY.impl("info_nce_gradients", _gradients, "CompositeExplicitAutograd")
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("emoscale::info_nce_statistics")
+def _(
+    x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int, form: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = x.shape[:2], y.shape[:2]
+    return tuple(x.new_empty(shape, dtype=_wide(x)) for shape in (rows, columns, rows))
+
+
+@torch.library.register_fake("emoscale::info_nce_gradients")
+def _(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    row_valid: Tensor | None,
+    col_valid: Tensor | None,
+    offset: int,
+    keep: float,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = _wide(x)
+    return x.new_empty(x.shape), y.new_empty(y.shape, dtype=wide), x.new_empty((), dtype=wide)
+
+
+def statistics(
+    x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int, form: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `blockwise.statistics`."""
+    run = torch.ops.emoscale.info_nce_statistics if torch.compiler.is_compiling() else _statistics
+    return run(x, y, scale, row_valid, col_valid, offset, form)
+
+
+def gradients(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    row_valid: Tensor | None,
+    col_valid: Tensor | None,
+    offset: int,
+    keep: float,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `blockwise.gradients`."""
+    run = torch.ops.emoscale.info_nce_gradients if torch.compiler.is_compiling() else _gradients
+    return run(x, y, scale, row_lse, col_lse, shift, weight, row_valid, col_valid, offset, keep, form)
