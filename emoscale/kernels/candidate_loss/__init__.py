@@ -66,10 +66,11 @@ def candidate_loss(
     if form not in FORMS:
         raise ValueError(f"candidate_loss: form={form!r} is not one of {', '.join(FORMS)}")
     fits = context.dim() == table.dim() == candidates.dim() == 2 and context.shape[1] == table.shape[1]
+    fits = fits and (table.shape[0] > 0 or context.shape[0] == 0)
     if not fits or context.shape[0] != candidates.shape[0] or candidates.shape[1] == 0:
         raise ValueError(
             f"candidate_loss: context {list(context.shape)}, table {list(table.shape)}, candidates "
-            f"{list(candidates.shape)} must be [b, d], [u, d], [b, k] with k ≥ 1"
+            f"{list(candidates.shape)} must be [b, d], [u, d], [b, k] with k ≥ 1, and u ≥ 1 where b ≥ 1"
         )
     if context.dtype != table.dtype or candidates.dtype != torch.int64:
         raise ValueError(

@@ -25,8 +25,11 @@ TILE = 4096
 
 @triton.jit
 def _softplus(x):  # noqa: ANN001, ANN202
-    """log(1 + exp(x)) without overflow."""
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+    """log(1 + exp(x)) without overflow, and exact to the last bits where it is tiny (Kahan's log1p)."""
+    e = tl.exp(-tl.abs(x))
+    one = 1.0 + e
+    rest = tl.where(one == 1.0, e, tl.log(one) * e / tl.where(one == 1.0, 1.0, one - 1.0))
+    return tl.maximum(x, 0.0) + rest
 
 
 @triton.jit
@@ -83,8 +86,9 @@ def candidate_loss_bwd_kernel(  # noqa: ANN201
     total = tl.zeros((BD,), dtype=tl.float32)
     if program < b:
         for j in range(0, K):
-            at = tl.load(candidates + program * K + j)
-            row = tl.load(table + at * D + column, mask=inside & (at >= 0) & (at < u), other=0.0).to(tl.float32)
+            # A row that does not exist has a slope of NaN already; the last one is read in its place.
+            at = tl.minimum(tl.maximum(tl.load(candidates + program * K + j), 0), u - 1)
+            row = tl.load(table + at * D + column, mask=inside, other=0.0).to(tl.float32)
             total += tl.load(slopes + program * K + j) * row
         tl.store(d_context + program * D + column, (total * factor).to(d_context.dtype.element_ty), mask=inside)
     else:

@@ -1,7 +1,10 @@
 """The two passes over the logits in plain PyTorch, a cached tile at a time, on any device.
 
-Both take one exponential per logit: with a tile's reference value m, e = exp(l − m) serves the sums of its rows and of its
-columns, and in the backward G = e · (a_i + b_j) with a_i = ½ exp(m − lse_i), b_j = ½ exp(m − lse_j). Where every logit is
+A row's or column's sum is kept as (top, total) with Σ exp(l) = total · exp(top): its logarithm in one float32 would lose
+what a share near 1 differs from 1 by.
+
+Both passes take one exponential per logit: with a tile's reference value m, e = exp(l − m) serves the sums of its rows and
+of its columns, and in the backward G = e · (a_i + b_j) with a_i = ½ exp(m − top_i) / total_i, b_j likewise. Where every logit is
 known to lie within ±SAFE, m is 0 and costs nothing; else it is the tile's maximum, and a tile whose rows or columns lie too
 far below it for float32 takes an exponential for each direction.
 """
@@ -14,14 +17,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROWS, COLUMNS = 512, 4096
-"""Logits of a tile: 8 MiB in float32, small enough to stay in a last-level cache, large enough to feed a GEMM."""
+ROWS, COLUMNS = 512, 16384
+"""Logits of a tile: 32 MiB in float32. Smaller ones stay in caches, but 16,384 × 256 on two busy cores took 12.5 s with
+512 × 16,384, 16.2 s with 256 × 16,384 and 19.5 s with 512 × 4,096: threads wait for each other after every operation."""
 SAFE = 60.0
 """exp(±60) and sums of 10**9 of them are normal float32 numbers."""
 LEAST = 1e-27
 """A smaller sum of exp(l − m) may have lost terms to underflow: they are below 1e-38 each."""
 REACH = 66.0
-"""exp(m − lse) beyond it would lift lost terms to where they count: exp(66) · 1e-38 < 1e-9."""
+"""exp(m − top) / total beyond it would lift lost terms to where they count: exp(66) · 1e-38 < 1e-9."""
+
+
+UNIT = 1.0
+Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""(row_top, row_total, col_top, col_total, partner) of `statistics`."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +76,21 @@ def _ones(valid: Tensor | None, pair: int, like: Tensor) -> Tensor:
 
 def statistics(
     x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the log-sum-exp of every row [p, b] and column [p, g] of the block, and the logits of the partners [p, b].
+) -> Sums:
+    """Give (top, total) of every row [p, b] and of every column [p, g] of the block, and the logits of the partners [p, b].
+
+    Tops and logits are in units of `UNIT`: Σ exp(l) = total · exp(UNIT · top). A sum of nothing is (−inf, 0).
 
     Args:
         x: [p, b, d] rows; `y`: [p, g, d] columns; zero where not valid.
-        scale: 0-dim.
-        row_valid: bool [p, b]; `col_valid`: bool [p, g]. What is not valid takes part in no sum; sums of nothing are −inf.
+        scale: one number.
+        row_valid: bool [p, b]; `col_valid`: bool [p, g]. What is not valid takes part in no sum.
         offset: the partner of row i is column i + offset.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     p, b, g = *x.shape[:2], y.shape[1]
-    row_lse, col_lse = (torch.full((p, n), float("-inf"), dtype=wide, device=x.device) for n in (b, g))
-    partner = torch.zeros((p, b), dtype=wide, device=x.device)
+    tops, totals = ([x.new_full((p, n), fill, dtype=wide) for n in (b, g)] for fill in (float("-inf"), 0.0))
+    partner = x.new_zeros((p, b), dtype=wide)
     for pair in range(p):
         left, right = x[pair].to(wide) * scale.to(wide), y[pair].to(wide)
         tame = _is_tame(left, right)
@@ -87,35 +98,43 @@ def statistics(
         for tile in _tiles(left, right, _buffer(left, right)):
             where, own = tile.diagonal(offset)
             partner[pair, where] = own
-            by_row, by_col = _log_sums(tile, left, right, rows[tile.i], cols[tile.j], tame)
-            for total, part in ((row_lse[pair, tile.i], by_row), (col_lse[pair, tile.j], by_col)):
-                torch.logaddexp(total, part, out=total)
-    return row_lse, col_lse, partner
+            parts = _sums(tile, left, right, rows[tile.i], cols[tile.j], tame)
+            for top, total, at, part in zip(tops, totals, (tile.i, tile.j), parts, strict=True):
+                _merge(top[pair, at], total[pair, at], *part)
+    return tops[0], totals[0], tops[1], totals[1], partner
 
 
-def _log_sums(tile: Tile, x: Tensor, y: Tensor, rows: Tensor, cols: Tensor, tame: bool) -> tuple[Tensor, Tensor]:
-    """Give the log-sum-exp of a tile's rows and columns; overwrites the tile."""
+def _merge(top: Tensor, total: Tensor, other_top: Tensor, other: Tensor) -> None:
+    """Add `other` · exp(other_top) to total · exp(top) in place; a sum of nothing changes nothing."""
+    other_top = torch.where(other > 0, other_top, float("-inf"))
+    higher = torch.maximum(top, other_top)
+    base = higher.masked_fill(higher == float("-inf"), 0.0)
+    total.mul_((top - base).exp_()).add_(other * (other_top - base).exp_())
+    top.copy_(torch.where(other.isnan(), 0.0, higher))
+
+
+def _sums(
+    tile: Tile, x: Tensor, y: Tensor, rows: Tensor, cols: Tensor, tame: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Give (top, total) of a tile's rows and of its columns; overwrites the tile."""
     logits = tile.logits
-    if tame:
-        logits.exp_()
-        return torch.mv(logits, cols).log_(), torch.mv(logits.T, rows).log_()
-    top = logits.amax()
-    logits.sub_(top).exp_()
+    top = logits.new_zeros(()) if tame else logits.amax()
+    logits = logits.exp_() if tame else logits.sub_(top).exp_()
     by_row, by_col = torch.mv(logits, cols), torch.mv(logits.T, rows)
-    lost = (((by_row < LEAST) & (rows > 0)).any() & (cols > 0).any()) | (((by_col < LEAST) & (cols > 0)).any() & (rows > 0).any())
-    if not lost:
-        return by_row.log_() + top, by_col.log_() + top
+    low_row, low_col = (by_row < LEAST) & (rows > 0), (by_col < LEAST) & (cols > 0)
+    if tame or not (low_row.any() & (cols > 0).any()) | (low_col.any() & (rows > 0).any()):
+        return (top, by_row), (top, by_col)
     torch.mm(x[tile.i], y[tile.j].T, out=logits)
     logits.masked_fill_((rows == 0)[:, None] | (cols == 0), float("-inf"))
-    return logits.logsumexp(1), logits.logsumexp(0)
+    row_top, col_top = (each.masked_fill(each == float("-inf"), 0.0) for each in (logits.amax(1), logits.amax(0)))
+    return (row_top, (logits - row_top[:, None]).exp_().sum(1)), (col_top, (logits - col_top).exp_().sum(0))
 
 
 def gradients(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
+    sums: list[Tensor],
     shift: Tensor,
     weight: Tensor,
     row_valid: Tensor | None,
@@ -125,10 +144,11 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give the block's part of the gradients to x (its dtype), to y [p, g, d] and to the scale, both float32 or wider.
 
-    With G = ½ exp(l − row_lse) + ½ exp(l − col_lse) − keep · [partner] − shift, they are scale · weight · G y,
-    scale · weight · Gᵀ x and weight · ⟨x, G y⟩; `shift` and `weight` are [p]. The rest as in `statistics`.
+    With G = ½ exp(l) / Σ_row exp(l) + ½ exp(l) / Σ_col exp(l) − keep · [partner] − shift, they are scale · weight · G y,
+    scale · weight · Gᵀ x and weight · ⟨x, G y⟩; `shift` and `weight` are [p], `sums`
+    what `statistics` gave for rows and columns (the latter of all ranks). The rest as there.
     """
-    wide = row_lse.dtype
+    wide = sums[0].dtype
     dx, dy = torch.empty_like(x), torch.zeros(y.shape, dtype=wide, device=y.device)
     dscale = torch.zeros((), dtype=wide, device=x.device)
     scale = scale.to(wide)
@@ -140,8 +160,8 @@ def gradients(
         factors = torch.empty_like(buffer)
         rows, cols = _ones(row_valid, pair, left), _ones(col_valid, pair, right)
         for tile in _tiles(scaled, right, buffer):
-            lse = row_lse[pair, tile.i], col_lse[pair, tile.j]
-            _shares(tile, scaled, right, lse, (rows[tile.i], cols[tile.j]), tame, factors)
+            of = [each[pair, at] for each, at in zip(sums, (tile.i, tile.i, tile.j, tile.j), strict=True)]
+            _shares(tile, of, (rows[tile.i], cols[tile.j]), tame, factors)
             if keep != 1.0:
                 tile.logits.sub_(shift[pair])
             tile.diagonal(offset)[1].sub_(keep)
@@ -153,20 +173,19 @@ def gradients(
     return dx, dy, dscale
 
 
-def _shares(
-    tile: Tile, x: Tensor, y: Tensor, lse: tuple[Tensor, Tensor], valid: tuple[Tensor, Tensor], tame: bool, factors: Tensor
-) -> None:
+def _shares(tile: Tile, sums: list[Tensor], valid: tuple[Tensor, Tensor], tame: bool, factors: Tensor) -> None:
     """Overwrite a tile's logits with the mean of both softmaxes; finite, but meaningless, where not valid."""
-    logits = tile.logits
-    (row_lse, col_lse), (rows, cols) = lse, valid
-    top = torch.zeros((), dtype=logits.dtype, device=logits.device) if tame else logits.amax()
-    near = torch.stack([(top - row_lse).mul(rows).max(), (top - col_lse).mul(cols).max()]).max() if not tame else top
-    if tame or near <= REACH:
-        logits.sub_(top).exp_() if not tame else logits.exp_()
-        a = torch.where(rows > 0, (top - row_lse).exp_(), 0.0).mul_(0.5)
-        b = torch.where(cols > 0, (top - col_lse).exp_(), 0.0).mul_(0.5)
+    logits, (rows, cols) = tile.logits, valid
+    row_top, row_total, col_top, col_total = sums
+    row_total, col_total = (torch.where(real > 0, 2 * total, float("inf")) for real, total in zip(valid, sums[1::2], strict=True))
+    row_top, col_top = (torch.where(real > 0, top, float("inf")) for real, top in zip(valid, sums[::2], strict=True))
+    base = logits.new_zeros(()) if tame else logits.amax()
+    lift = torch.stack([(base - top - total.log()).max() for top, total in ((row_top, row_total), (col_top, col_total))])
+    if tame or not (lift > REACH).any():
+        logits = logits.exp_() if tame else logits.sub_(base).exp_()
+        a, b = ((base - top).exp_() / total for top, total in ((row_top, row_total), (col_top, col_total)))
         logits.mul_(torch.add(a[:, None], b, out=factors[: logits.numel()].view_as(logits)))
         return
     gone = (rows == 0)[:, None] | (cols == 0)
-    by_row = (logits - row_lse[:, None]).exp_()
-    logits.sub_(col_lse).exp_().add_(by_row).mul_(0.5).masked_fill_(gone, 0.0)
+    by_row = (logits - row_top[:, None]).exp_().div_(row_total[:, None])
+    logits.sub_(col_top).exp_().div_(col_total).add_(by_row).masked_fill_(gone, 0.0)

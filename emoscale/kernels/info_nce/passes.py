@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from emoscale.kernels.info_nce import blockwise
+from emoscale.kernels.info_nce.blockwise import Sums
 
-FORMS = ("triton", "blockwise")
+UNITS = {"triton": math.log(2.0), "blockwise": blockwise.UNIT}
+"""Who computes the passes → what a logit of theirs is a multiple of."""
 LIBRARY = torch.library.Library("emoscale", "FRAGMENT")
 
 
@@ -23,7 +26,7 @@ def _module(form: str) -> ModuleType:
 
 def _statistics(
     x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int, form: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Sums:
     return _module(form).statistics(x, y, scale, row_valid, col_valid, offset)
 
 
@@ -31,8 +34,7 @@ def _gradients(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
+    sums: list[Tensor],
     shift: Tensor,
     weight: Tensor,
     row_valid: Tensor | None,
@@ -41,16 +43,15 @@ def _gradients(
     keep: float,
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found = _module(form).gradients(x, y, scale, row_lse, col_lse, shift, weight, row_valid, col_valid, offset, keep)
-    return found
+    return _module(form).gradients(x, y, scale, sums, shift, weight, row_valid, col_valid, offset, keep)
 
 
 LIBRARY.define(
     "info_nce_statistics(Tensor x, Tensor y, Tensor scale, Tensor? row_valid, Tensor? col_valid, SymInt offset, str form)"
-    " -> (Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "info_nce_gradients(Tensor x, Tensor y, Tensor scale, Tensor row_lse, Tensor col_lse, Tensor shift, Tensor weight, "
+    "info_nce_gradients(Tensor x, Tensor y, Tensor scale, Tensor[] sums, Tensor shift, Tensor weight, "
     "Tensor? row_valid, Tensor? col_valid, SymInt offset, float keep, str form) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("info_nce_statistics", _statistics, "CompositeExplicitAutograd")
@@ -64,9 +65,9 @@ def _wide(x: Tensor) -> torch.dtype:
 @torch.library.register_fake("emoscale::info_nce_statistics")
 def _(
     x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int, form: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, columns = x.shape[:2], y.shape[:2]
-    return tuple(x.new_empty(shape, dtype=_wide(x)) for shape in (rows, columns, rows))
+) -> Sums:
+    rows, columns = (part.new_empty(part.shape[:2], dtype=_wide(x)) for part in (x, y))
+    return rows, torch.empty_like(rows), columns, torch.empty_like(columns), torch.empty_like(rows)
 
 
 @torch.library.register_fake("emoscale::info_nce_gradients")
@@ -74,8 +75,7 @@ def _(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
+    sums: list[Tensor],
     shift: Tensor,
     weight: Tensor,
     row_valid: Tensor | None,
@@ -90,7 +90,7 @@ def _(
 
 def statistics(
     x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int, form: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Sums:
     """See `blockwise.statistics`."""
     run = torch.ops.emoscale.info_nce_statistics if torch.compiler.is_compiling() else _statistics
     return run(x, y, scale, row_valid, col_valid, offset, form)
@@ -100,8 +100,7 @@ def gradients(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
+    sums: list[Tensor],
     shift: Tensor,
     weight: Tensor,
     row_valid: Tensor | None,
@@ -112,4 +111,4 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `blockwise.gradients`."""
     run = torch.ops.emoscale.info_nce_gradients if torch.compiler.is_compiling() else _gradients
-    return run(x, y, scale, row_lse, col_lse, shift, weight, row_valid, col_valid, offset, keep, form)
+    return run(x, y, scale, sums, shift, weight, row_valid, col_valid, offset, keep, form)

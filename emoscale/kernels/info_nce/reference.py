@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from emoscale.kernels.info_nce.shards import Shards, gather
@@ -38,10 +39,9 @@ def _attached(part: Tensor, valid: Tensor | None, shards: Shards) -> Tensor:
 
 def _pair(x: Tensor, y: Tensor, valid: Tensor, scale: Tensor, smoothing: float) -> Tensor:
     """Give the mean of both directions' smoothed cross-entropy over the valid rows; none gives zero."""
-    x, y = x[valid], y[valid]
-    logits = scale * (x @ y.T)
-    count = max(x.shape[0], 1)
-    match = logits.diagonal().sum() / count
-    level = logits.sum() / count**2
-    spread = (logits.logsumexp(0).sum() + logits.logsumexp(1).sum()) / (2 * count)
-    return spread - (1 - smoothing) * match - smoothing * level
+    logits = scale * (x[valid] @ y[valid].T)
+    if len(logits) == 0:
+        return logits.sum()
+    target = torch.arange(len(logits), device=logits.device)
+    both = [F.cross_entropy(each, target, label_smoothing=smoothing) for each in (logits, logits.T)]
+    return (both[0] + both[1]) / 2

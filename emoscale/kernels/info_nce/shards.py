@@ -82,14 +82,14 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def merge_columns(lse: Tensor, terms: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Give the log-sum-exp [p, g] over the rows of all ranks, and `terms` [p] summed over them: two small reductions."""
-    top = lse.clone()
-    dist.all_reduce(top, dist.ReduceOp.MAX, group=shards.group)
-    finite = top.masked_fill(top == float("-inf"), 0.0)
-    both = torch.cat([(lse - finite).exp(), terms[:, None]], dim=1)
+def merge_columns(top: Tensor, total: Tensor, terms: Tensor, unit: float, shards: Shards) -> tuple[Tensor, Tensor, Tensor]:
+    """Give (top, total) [p, g] of the columns over the rows of all ranks, and `terms` [p] summed over them: two small reductions."""
+    highest = top.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=shards.group)
+    own = total * ((top - highest.masked_fill(highest == float("-inf"), 0.0)) * unit).exp()
+    both = torch.cat([own.to(terms.dtype), terms[:, None]], dim=1)
     dist.all_reduce(both, group=shards.group)
-    return finite + both[:, :-1].log(), both[:, -1]
+    return highest, both[:, :-1].to(total.dtype), both[:, -1]
 
 
 def sum_own(columns: Tensor, shards: Shards) -> Tensor:

@@ -1,7 +1,8 @@
 """The two passes over the logits in Triton: tiles that live in registers; a band of gradients that feeds cuBLAS.
 
-Forward: each program computes one tile of logits and writes the log₂-sum-exp₂ of its rows and of its columns, from one
-exponential per logit (see `blockwise`); a second kernel merges what the tiles of a row or column wrote. Backward: the tiles
+Forward: each program computes one tile of logits, in powers of two, and writes the sums of its rows and of its columns from
+one exponential per logit (see `blockwise`); a second kernel merges what the tiles of a row or column wrote. Tops are whole
+numbers, so that moving a sum from one to another is exact. Backward: the tiles
 of a band of rows are computed again and G is written in the dtype of the inputs; G y and Gᵀ x are matrix products for
 cuBLAS, which accumulates them in float32. No atomics: the same bits at every run.
 """
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from emoscale.kernels import launch
 from emoscale.kernels.aot import Variant
+from emoscale.kernels.info_nce.blockwise import Sums
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 LEAST = tl.constexpr(1e-27)
 REACH = tl.constexpr(96.0)
 """As in `blockwise`, the latter in powers of two."""
@@ -69,46 +70,53 @@ def _real(at, n, valid, MASKED: tl.constexpr):  # noqa: ANN001, ANN202, N803
 
 
 @triton.jit
+def _whole(top):  # noqa: ANN001, ANN202
+    """Round up a largest logit; of nothing 0."""
+    return tl.where(top == float("-inf"), 0.0, tl.ceil(top))
+
+
+@triton.jit
 def info_nce_fwd_kernel(  # noqa: ANN201
-    x, y, scale, row_valid, col_valid, by_row, by_col, partner, b, g, offset,  # noqa: ANN001
+    x, y, scale, row_valid, col_valid, row_top, row_total, col_top, col_total, partner, b, g, offset,  # noqa: ANN001
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,  # noqa: N803
     MASKED: tl.constexpr, UPCAST: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """Base-two log-sum-exp of every row and column of each tile, and the logits of the partners."""
+    """Sums of every row and column of each tile, and the logits of the partners."""
     pair = tl.program_id(1).to(tl.int64)
     tile_m, tile_n = _place(tl.program_id(0), b, g, BM, BN, GROUP)
     rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     # Rows past the end read the last one: cheaper than a mask in the loop, and left out below.
     last_row, last_col = tl.minimum(rows, b - 1), tl.minimum(cols, g - 1)
     acc = _products(x + pair * b * D, y + pair * g * D, last_row, last_col, D, BM, BN, BK, UPCAST)
-    acc = acc * tl.load(scale).to(tl.float32)
+    acc = acc * (tl.load(scale).to(tl.float32) * LOG2E)
     if (tile_m * BM + offset < tile_n * BN + BN) & (tile_m * BM + offset + BM > tile_n * BN):
         match = cols[None, :] == rows[:, None] + offset
         mine = (rows < b) & (rows + offset >= tile_n * BN) & (rows + offset < tile_n * BN + BN)
         tl.store(partner + pair * b + rows, tl.sum(tl.where(match, acc, 0.0), axis=1), mask=mine)
     row_real = _real(rows, b, row_valid + pair * b, MASKED)
     col_real = _real(cols, g, col_valid + pair * g, MASKED)
-    logits = tl.where(row_real[:, None] & col_real[None, :], acc * LOG2E, float("-inf"))
-    top = tl.max(tl.max(logits, axis=1), axis=0)
-    top = tl.where(top == float("-inf"), 0.0, top)
+    logits = tl.where(row_real[:, None] & col_real[None, :], acc, float("-inf"))
+    top = _whole(tl.max(tl.max(logits, axis=1), axis=0))
     e = tl.exp2(logits - top)
-    row_sum, col_sum = tl.sum(e, axis=1), tl.sum(e, axis=0)
-    row_lse, col_lse = top + tl.log2(row_sum), top + tl.log2(col_sum)
+    by_row, by_col = tl.sum(e, axis=1), tl.sum(e, axis=0)
+    top_row, top_col = tl.zeros_like(by_row) + top, tl.zeros_like(by_col) + top
     some = (tl.max(row_real.to(tl.int32), axis=0) > 0) & (tl.max(col_real.to(tl.int32), axis=0) > 0)
-    low = tl.minimum(tl.min(tl.where(row_real, row_sum, 1.0), axis=0), tl.min(tl.where(col_real, col_sum, 1.0), axis=0))
+    low = tl.minimum(tl.min(tl.where(row_real, by_row, 1.0), axis=0), tl.min(tl.where(col_real, by_col, 1.0), axis=0))
     if some & (low < LEAST):
-        row_top, col_top = tl.max(logits, axis=1), tl.max(logits, axis=0)
-        row_top, col_top = tl.where(row_real, row_top, 0.0), tl.where(col_real, col_top, 0.0)
-        row_lse = row_top + tl.log2(tl.sum(tl.exp2(logits - row_top[:, None]), axis=1))
-        col_lse = col_top + tl.log2(tl.sum(tl.exp2(logits - col_top[None, :]), axis=0))
-    tall, broad = tl.cdiv(b, BM), tl.cdiv(g, BN)
-    tl.store(by_row + (pair * broad + tile_n) * b + rows, row_lse, mask=rows < b)
-    tl.store(by_col + (pair * tall + tile_m) * g + cols, col_lse, mask=cols < g)
+        top_row, top_col = _whole(tl.max(logits, axis=1)), _whole(tl.max(logits, axis=0))
+        by_row = tl.sum(tl.exp2(logits - top_row[:, None]), axis=1)
+        by_col = tl.sum(tl.exp2(logits - top_col[None, :]), axis=0)
+    row_at = (pair * tl.cdiv(g, BN) + tile_n) * b + rows
+    col_at = (pair * tl.cdiv(b, BM) + tile_m) * g + cols
+    tl.store(row_top + row_at, top_row, mask=rows < b)
+    tl.store(row_total + row_at, by_row, mask=rows < b)
+    tl.store(col_top + col_at, top_col, mask=cols < g)
+    tl.store(col_total + col_at, by_col, mask=cols < g)
 
 
 @triton.jit
-def info_nce_merge_kernel(parts, out, tiles, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # noqa: ANN001, ANN201, N803
-    """Natural log-sum-exp [p, n] of base-two partial ones [p, tiles, n]."""
+def info_nce_merge_kernel(tops, totals, top_out, total_out, tiles, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # noqa: ANN001, ANN201, N803
+    """Sums [p, n] of the sums of tiles [p, tiles, n]; of nothing (−inf, 0)."""
     pair = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
@@ -117,20 +125,23 @@ def info_nce_merge_kernel(parts, out, tiles, n, BLOCK: tl.constexpr, CHUNK: tl.c
     tile = 0
     while tile < tiles:
         every = tile + tl.arange(0, CHUNK)
+        where = (pair * tiles + every)[:, None] * n + at[None, :]
         mask = (every < tiles)[:, None] & inside[None, :]
-        part = tl.load(parts + (pair * tiles + every)[:, None] * n + at[None, :], mask=mask, other=float("-inf"))
-        higher = tl.maximum(top, tl.max(part, axis=0))
+        part = tl.load(totals + where, mask=mask, other=0.0)
+        part_top = tl.where(part == 0.0, float("-inf"), tl.load(tops + where, mask=mask, other=0.0))
+        higher = tl.maximum(top, tl.max(part_top, axis=0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(part - base[None, :]), axis=0)
+        total = total * tl.exp2(top - base) + tl.sum(part * tl.exp2(part_top - base[None, :]), axis=0)
         top = higher
         tile += CHUNK
-    base = tl.where(top == float("-inf"), 0.0, top)
-    tl.store(out + pair * n + at, (base + tl.log2(total)) * LN2, mask=inside)
+    tl.store(top_out + pair * n + at, top, mask=inside)
+    tl.store(total_out + pair * n + at, total, mask=inside)
 
 
 @triton.jit
 def info_nce_band_kernel(  # noqa: ANN201
-    x, y, scale, row_lse, col_lse, shift, band, row_valid, col_valid, b, g, first, count, stride, offset, keep, lift,  # noqa: ANN001
+    x, y, scale, row_top, row_total, col_top, col_total, shift, band, row_valid, col_valid,  # noqa: ANN001
+    b, g, first, count, stride, offset, keep, lift,  # noqa: ANN001
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,  # noqa: N803
     MASKED: tl.constexpr, UPCAST: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -145,15 +156,18 @@ def info_nce_band_kernel(  # noqa: ANN201
     col_real = _real(cols, g, col_valid + pair * g, MASKED)
     real = row_real[:, None] & col_real[None, :]
     logits = tl.where(real, acc * (tl.load(scale).to(tl.float32) * LOG2E), float("-inf"))
-    row_all = tl.load(row_lse + pair * b + rows, mask=row_real, other=float("inf")) * LOG2E
-    col_all = tl.load(col_lse + pair * g + cols, mask=col_real, other=float("inf")) * LOG2E
-    top = tl.max(tl.max(logits, axis=1), axis=0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    far = tl.maximum(tl.max(top - row_all, axis=0), tl.max(top - col_all, axis=0))
+    row_at, col_at = pair * b + rows, pair * g + cols
+    over_row = tl.load(row_top + row_at, mask=row_real, other=float("inf"))
+    over_col = tl.load(col_top + col_at, mask=col_real, other=float("inf"))
+    per_row = 0.5 / tl.load(row_total + row_at, mask=row_real, other=float("inf"))
+    per_col = 0.5 / tl.load(col_total + col_at, mask=col_real, other=float("inf"))
+    top = _whole(tl.max(tl.max(logits, axis=1), axis=0))
+    # A total is at least 1/2 (its top is rounded up), so the tops alone bound the factors.
+    far = tl.maximum(tl.max(top - over_row, axis=0), tl.max(top - over_col, axis=0))
     if far > REACH:
-        grad = 0.5 * (tl.exp2(logits - row_all[:, None]) + tl.exp2(logits - col_all[None, :]))
+        grad = tl.exp2(logits - over_row[:, None]) * per_row[:, None] + tl.exp2(logits - over_col[None, :]) * per_col[None, :]
     else:
-        a, c = 0.5 * tl.exp2(top - row_all), 0.5 * tl.exp2(top - col_all)
+        a, c = tl.exp2(top - over_row) * per_row, tl.exp2(top - over_col) * per_col
         grad = tl.exp2(logits - top) * (a[:, None] + c[None, :])
     grad = grad - tl.load(shift + pair)
     if (first + tile_m * BM + offset < tile_n * BN + BN) & (first + tile_m * BM + offset + BM > tile_n * BN):
@@ -193,31 +207,34 @@ def _both(like: Tensor, row_valid: Tensor | None, col_valid: Tensor | None) -> t
     return row_valid, col_valid
 
 
-def _merge(parts: Tensor) -> Tensor:
-    p, tiles, n = parts.shape
-    out = parts.new_empty((p, n))
+def _merge(tops: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+    p, tiles, n = tops.shape
+    top, total = tops.new_empty((p, n)), tops.new_empty((p, n))
     block = 128 if not launch.interpreted() else 1024
-    info_nce_merge_kernel[(triton.cdiv(n, block), p)](parts, out, tiles, n, BLOCK=block, CHUNK=16)
-    return out
+    info_nce_merge_kernel[(triton.cdiv(n, block), p)](tops, totals, top, total, tiles, n, BLOCK=block, CHUNK=16)
+    return top, total
 
 
 def statistics(
     x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Sums:
     """See `blockwise.statistics`."""
     (p, b, d), g = x.shape, y.shape[1]
     partner = torch.empty((p, b), dtype=torch.float32, device=x.device)
     if b == 0:
-        return partner, torch.full((p, g), float("-inf"), dtype=torch.float32, device=x.device), partner.clone()
+        nothing = partner.new_zeros((p, g))
+        return partner, partner.clone(), nothing - float("inf"), nothing, partner.clone()
     row_valid, col_valid = _both(x, row_valid, col_valid)
     tile, warps, stages = _tile(b, g, d, x.dtype, sums=True)
     tall, broad = triton.cdiv(b, tile["BM"]), triton.cdiv(g, tile["BN"])
-    by_row, by_col = partner.new_empty((p, broad, b)), partner.new_empty((p, tall, g))
+    row_top, col_top = partner.new_empty((p, broad, b)), partner.new_empty((p, tall, g))
+    row_total, col_total = torch.empty_like(row_top), torch.empty_like(col_top)
     info_nce_fwd_kernel[(tall * broad, p)](
-        x, y, scale, _bytes(row_valid, x), _bytes(col_valid, y), by_row, by_col, partner, b, g, offset,
+        x, y, scale, _bytes(row_valid, x), _bytes(col_valid, y), row_top, row_total, col_top, col_total, partner,
+        b, g, offset,
         D=d, **tile, **_flags(x.dtype, row_valid), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return _merge(by_row), _merge(by_col), partner
+    return *_merge(row_top, row_total), *_merge(col_top, col_total), partner
 
 
 def band_rows(p: int, b: int, g: int, itemsize: int) -> int:
@@ -229,8 +246,7 @@ def gradients(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
+    sums: list[Tensor],
     shift: Tensor,
     weight: Tensor,
     row_valid: Tensor | None,
@@ -257,7 +273,7 @@ def gradients(
         band = buffer[: p * count * stride].view(p, count, stride)
         tiles = triton.cdiv(count, tile["BM"]) * triton.cdiv(g, tile["BN"])
         info_nce_band_kernel[(tiles, p)](
-            x, y, scale, row_lse, col_lse, shift, band, _bytes(row_valid, x), _bytes(col_valid, y),
+            x, y, scale, *sums, shift, band, _bytes(row_valid, x), _bytes(col_valid, y),
             b, g, first, count, stride, offset, keep, lift,
             D=d, **tile, **_flags(x.dtype, row_valid), num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -285,18 +301,18 @@ def variants() -> list[Variant]:
     for name, b, d, dtype in (("640", 640, 768, "bf16"), ("32768", 32768, 768, "bf16"), ("fp32", 8192, 256, "fp32")):
         inputs = {"x": f"*{dtype}", "y": f"*{dtype}", "scale": "*fp32", "row_valid": "*u8", "col_valid": "*u8"}
         sizes = dict.fromkeys(("b", "g", "offset"), "i32")
-        sums = dict.fromkeys(("by_row", "by_col", "partner"), "*fp32")
-        band = dict.fromkeys(("row_lse", "col_lse", "shift"), "*fp32") | {"band": f"*{dtype}", "keep": "fp32", "lift": "fp32"}
+        sums = dict.fromkeys(("row_top", "row_total", "col_top", "col_total"), "*fp32")
+        band = sums | {"shift": "*fp32"} | {"band": f"*{dtype}", "keep": "fp32", "lift": "fp32"}
         more = dict.fromkeys(("first", "count", "stride"), "i32")
         for stem, kernel, signature in (
-            ("fwd", info_nce_fwd_kernel, inputs | sums | sizes),
+            ("fwd", info_nce_fwd_kernel, inputs | sums | {"partner": "*fp32"} | sizes),
             ("band", info_nce_band_kernel, inputs | band | sizes | more),
         ):
             tile, warps, stages = _tile(b, b, d, torch.bfloat16 if dtype == "bf16" else torch.float32, stem == "fwd")
             constants = {"D": d, **tile, "MASKED": True, "UPCAST": False}
             aligned = tuple(key for key in signature if key not in ("keep", "lift", "offset", "first", "count"))
             found.append(Variant(f"info_nce_{stem}_{name}", kernel, signature, constants, warps, stages, aligned))
-    signature = {"parts": "*fp32", "out": "*fp32", "tiles": "i32", "n": "i32"}
+    signature = dict.fromkeys(("tops", "totals", "top_out", "total_out"), "*fp32") | {"tiles": "i32", "n": "i32"}
     constants = {"BLOCK": 128, "CHUNK": 16}
-    found.append(Variant("info_nce_merge", info_nce_merge_kernel, signature, constants, 4, 2, ("parts", "out", "n")))
+    found.append(Variant("info_nce_merge", info_nce_merge_kernel, signature, constants, 4, 2, ("tops", "totals", "top_out", "total_out", "n")))
     return found
