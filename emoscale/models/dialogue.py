@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from emoscale.models.unified import UnifiedTransformer
+
 MODALITIES = ("text", "acoustic", "fused")
 NEARBY = 2
 """Source and response: the utterances just before a target."""
@@ -92,3 +94,16 @@ class DialogueEncoder(nn.Module):
         weights = torch.where(distant, scores, -torch.inf).masked_fill(~distant.any(1, keepdim=True), 0.0).softmax(-1) * distant
         attended = torch.einsum("ql,qld->qd", weights, clues[windows])  # eq. 10
         return self.join[name](torch.cat([attended, query], dim=-1)) if self.context == "attended+nearby" else attended
+
+
+class DialogueModel(nn.Module):
+    """An encoder of single utterances and the dialogue encoder on top of it.
+
+    Args:
+        utterance: gives the hidden state of every token of packed sequences, of texts and of voices alike.
+        dialogue: puts the pooled utterances in context.
+    """
+
+    def __init__(self, utterance: UnifiedTransformer, dialogue: DialogueEncoder) -> None:
+        super().__init__()
+        self.utterance, self.dialogue = utterance, dialogue

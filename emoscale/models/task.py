@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from emoscale.batch import Batch, Targets
+from emoscale.data.dialogues import DialogueBatch
+from emoscale.kernels import max_mean_pool
+from emoscale.models.dialogue import DialogueModel, InContext
 from emoscale.models.unified import UnifiedTransformer
 
 
@@ -33,6 +38,9 @@ class Task(nn.Module, ABC):
     What it must predict stands in `batch.targets[name]`.
     """
 
+    over_all_ranks: bool = False
+    """Whether the loss is the mean over the targets of all ranks, not the sum over this rank's."""
+
     @abstractmethod
     def forward(
         self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer
@@ -50,11 +58,15 @@ class TaskModel(nn.Module):
         backbone: the transformer.
         tasks: by name, in a fixed order.
         weights: factor on each task's mean loss.
+        read: gives what the tasks read of a batch; empty = `encode`.
     """
 
-    def __init__(self, backbone: UnifiedTransformer, tasks: dict[str, Task], weights: dict[str, float]) -> None:
+    def __init__(
+        self, backbone: Any, tasks: dict[str, Task], weights: dict[str, float], read: Callable[[Any, Any], Any] | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.read = read or encode
         self.tasks = nn.ModuleDict(tasks)
         self.weights = weights
 
@@ -66,15 +78,23 @@ class TaskModel(nn.Module):
             scales: per task, what its summed loss is multiplied by (ranks / global count of targets), so that the mean over
                 ranks of the summed micro-batches is the global mean over targets.
         """
-        hidden = encode(self.backbone, batch)
-        total = hidden.new_zeros(()).float()
+        hidden = self.read(self.backbone, batch)
+        total = next(self.backbone.parameters()).new_zeros(()).float()
         sums: dict[str, Tensor] = {}
         for name, task in self.tasks.items():
             loss, extra = task(hidden, batch.targets[name], batch, self.backbone)
-            total = total + loss * (scales[name] * self.weights[name])
-            sums[name] = loss.detach()
+            # A loss over all ranks is a mean already, the same on each; its gradient is scaled for a mean over ranks.
+            total = total + loss * ((1.0 if task.over_all_ranks else scales[name]) * self.weights[name])
+            sums[name] = loss.detach() * (batch.targets[name].count if task.over_all_ranks else 1)
             sums |= {f"{name}/{key}": value.detach() for key, value in extra.items()}
         return total, sums
+
+
+def in_context(model: DialogueModel, batch: DialogueBatch) -> InContext:
+    """Encode and pool every utterance once (TCMP, eq. 2–4), and put it in its dialogue's context."""
+    pooled = max_mean_pool(encode(model.utterance, batch.sequences), batch.sequences.cu_seqlens)
+    text, voice = pooled[: batch.utterances], pooled[batch.utterances :]
+    return model.dialogue(text, voice, batch.places, batch.valid, batch.windows, batch.positions)
 
 
 def encode(backbone: UnifiedTransformer, batch: Batch) -> Float[Tensor, "t d"]:

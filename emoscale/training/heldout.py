@@ -25,8 +25,10 @@ from emoscale.data.tokens import load_tokenizer
 from emoscale.models.task import TaskModel, encode
 from emoscale.training import checkpoint
 from emoscale.training.build import TAUGHT, Built, build
-from emoscale.training.corpora import expressions_of, make_encoder, open_all, open_corpora, read_held_out
+from emoscale.training.corpora import make_encoder, open_all, open_corpora, read_held_out
+from emoscale.training.heldout_dialogues import Held, score_search
 from emoscale.training.run import RunConfig
+from emoscale.training.systems import SYSTEMS
 
 RESAMPLES = 2000
 
@@ -48,7 +50,7 @@ def evaluate_objectives(run: Path, *, draws: int = 20, seed: int = 0) -> dict[st
 
     Returns:
         Per objective: `model` and `baseline` (mean loss per masked unit), `difference` with its 95 % interval (bootstrap
-        over utterances), `utterances`, `units`; lower is better.
+        over utterances), `utterances`, `units`; lower is better. For `tcmp`, `search`: see `score_search`.
 
     Raises:
         DataError: the run held nothing out, or has no checkpoint.
@@ -60,12 +62,19 @@ def evaluate_objectives(run: Path, *, draws: int = 20, seed: int = 0) -> dict[st
     train = open_corpora(config.data, config.run.seed).utterances
     held = _only_held_out(open_all(config.data), read_held_out(config.data.held_out))
     tokenizer = load_tokenizer(str(found / "assets" / "tokenizer"), None)
-    built = build(config.model, config.objectives, make_encoder(config.data, train, tokenizer), seed=seed, per_step=False, expressions=expressions_of(train))
+    encoder = make_encoder(config.data, train, tokenizer)
+    if config.system == "memobert":
+        built = build(config.model, config.objectives, encoder, seed=seed, per_step=False, expressions=expressions_of(train))
+    else:
+        built = SYSTEMS[config.system].build(config, train, encoder)
     built.model.load_state_dict(checkpoint.load(found).weights)
     built.model.eval()
-    constants = _baselines(built, train)
-    scores = {spec.name: _score(built, spec, held, constants, draws, seed) for spec in built.plan.specs}
-    result = {"run": str(run), "draws": draws, "held_out": len(held), "trained_on": len(train), "objectives": scores}
+    result: dict[str, Any] = {"run": str(run), "held_out": len(held), "trained_on": len(train)}
+    if config.system == "tcmp":
+        result["search"] = score_search(built.model, Held(held, train.manifest), built.encoder, config.dialogue, seed=seed)
+    else:
+        constants = _baselines(built, train)
+        result |= {"draws": draws, "objectives": {spec.name: _score(built, spec, held, constants, draws, seed) for spec in built.plan.specs}}
     (run / "held_out.json").write_text(json.dumps(result, indent=1))
     return result
 

@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from emoscale import distributed
 from emoscale.config import ConfigError, DataError, EmoscaleError, differences, to_dict, to_yaml
 from emoscale.data.collate import Encoder
-from emoscale.data.loader import StepData, Steps
+from emoscale.data.loader import Steps
 from emoscale.data.order import Order
 from emoscale.data.streams import Utterances
 from emoscale.data.synthetic import Synthetic
@@ -25,14 +25,14 @@ from emoscale.files import replace_text
 from emoscale.models.config import ModelConfig
 from emoscale.training import checkpoint
 from emoscale.training.assets import write_assets
-from emoscale.training.build import Built, build
+from emoscale.training.build import Built
 from emoscale.training.corpora import DataConfig, Opened, expressions_of, folders_of, make_encoder, open_corpora
 from emoscale.training.engine import Engine, OptimConfig, ZeroConfig
 from emoscale.training.environment import environment, open_log
-from emoscale.training.flops import forward_flops
 from emoscale.training.loop import Hooks, Result, train
 from emoscale.training.schedule import learning_rate
 from emoscale.training.signals import Preemption
+from emoscale.training.systems import SYSTEMS, DialogueConfig, Name
 from emoscale.training.track import Backend, require, trackers
 
 log = logging.getLogger("emoscale")
@@ -82,10 +82,14 @@ def _memobert_objectives() -> dict[str, Any]:
 class RunConfig:
     """A pre-training run."""
 
+    system: Name = "memobert"
+    """What is trained: `memobert` on utterances, `tcmp` on dialogue windows (then batches count windows)."""
     data: DataConfig = field(default_factory=DataConfig)
+    dialogue: DialogueConfig = field(default_factory=DialogueConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objectives: dict[str, Any] = field(default_factory=_memobert_objectives)
-    """Objective name → its options (mix, weight, ratio, span, whole_word); `mix: 0` turns one off."""
+    """Objective name → its options (mix, weight, ratio, span, whole_word); `mix: 0` turns one off. The default is MEmoBERT's; other
+    systems have their own."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     run: LoopConfig = field(default_factory=LoopConfig)
@@ -94,6 +98,10 @@ class RunConfig:
         """Check what concerns several sections."""
         if self.run.precision == "bf16" and self.zero.stage == 0:
             raise ValueError("zero.stage: bf16 keeps fp32 master weights, which DeepSpeed has from stage 1 on; use zero.stage=1")
+        if self.system != "memobert":
+            # What a file or command line adds is merged into the default, which is another system's.
+            theirs = _memobert_objectives()
+            self.objectives = {name: options for name, options in self.objectives.items() if name not in theirs or options != theirs[name]}
 
 
 def pretrain(config: RunConfig) -> Path:
@@ -132,16 +140,20 @@ def pretrain(config: RunConfig) -> Path:
 
 
 def check(config: RunConfig) -> None:
-    """Validate everything and run one step on synthetic utterances, in fp32 and without a GPU."""
+    """Validate everything and run one step, in fp32 and without a GPU; on synthetic utterances, or on the first windows of dialogues."""
     require(config.run.track)
     distributed.init()
-    corpus = open_corpora(config.data, config.run.seed).utterances
+    opened = open_corpora(config.data, config.run.seed)
+    corpus = opened.utterances
     built = _build(config, corpus, distributed.World())
-    synthetic = Synthetic(
-        16, visual_width=corpus.manifest["visual"]["width"], acoustic_width=corpus.manifest["acoustic"]["width"],
-        expressions=len(expressions_of(corpus)),
-    )
-    steps = Steps(synthetic, Order(16, 0), built.encoder, built.plan, global_batch=8, max_tokens=config.data.max_tokens, rank=0, world=1)
+    if config.system == "memobert":
+        synthetic = Synthetic(
+            16, visual_width=corpus.manifest["visual"]["width"], acoustic_width=corpus.manifest["acoustic"]["width"],
+            expressions=len(expressions_of(corpus)),
+        )
+        steps = Steps(synthetic, Order(16, 0), built.encoder, built.plan, global_batch=8, max_tokens=config.data.max_tokens, rank=0, world=1)
+    else:
+        steps = SYSTEMS[config.system].steps(config, opened, built, distributed.World())
     for batch in steps[0].batches:
         loss, _ = built.model(batch, dict.fromkeys(built.model.tasks, 1.0))
         loss.backward()
@@ -156,10 +168,7 @@ def _build(config: RunConfig, corpus: Utterances, world: distributed.World) -> B
     tokenizer = load_tokenizer(config.data.tokenizer, folders_of(config.data)[0])
     encoder = make_encoder(config.data, corpus, tokenizer)
     _check_positions(config.model.positions, encoder)
-    built = build(
-        config.model, config.objectives, encoder, seed=config.run.seed, per_step=config.data.task_mix == "per_step",
-        modality_dropout=config.data.modality_dropout, expressions=expressions_of(corpus),
-    )
+    built = SYSTEMS[config.system].build(config, corpus, encoder)
     # Dropout differs between ranks; everything drawn before this line is the same on all.
     torch.manual_seed(config.run.seed + 1 + world.rank)
     if config.data.global_batch < world.size:
@@ -181,10 +190,7 @@ def _train(config: RunConfig, engine: Engine, built: Built, opened: Opened, worl
         write_assets(folder / "assets", built, config, folders_of(config.data)[0])
         (folder / "deepspeed.json").write_text(json.dumps(engine.config, indent=1))
     distributed.barrier()
-    steps = Steps(
-        opened.utterances, opened.order, built.encoder, built.plan,
-        global_batch=config.data.global_batch, max_tokens=config.data.max_tokens, rank=world.rank, world=world.size,
-    )
+    steps = SYSTEMS[config.system].steps(config, opened, built, world)
     outputs = trackers(folder, first, loop.track, to_dict(config)) if world.is_main else []
 
     def save(step: int) -> None:
@@ -200,7 +206,7 @@ def _train(config: RunConfig, engine: Engine, built: Built, opened: Opened, worl
     def run(preemption: Preemption) -> Result:
         hooks = Hooks(
             lambda step: learning_rate(step, peak=optim.lr, warmup=optim.warmup, total=loop.steps, shape=optim.schedule),
-            track, save, lambda: preemption.received, lambda data: _flops(built, data),
+            track, save, lambda: preemption.received, lambda data: SYSTEMS[config.system].flops(built, data),
         )
         engine.module.train()
         data = steps.iterate(first, loop.steps, workers=config.data.workers)
@@ -214,16 +220,6 @@ def _train(config: RunConfig, engine: Engine, built: Built, opened: Opened, worl
                 output.close()
 
     return run
-
-
-def _flops(built: Built, data: StepData) -> float:
-    return sum(
-        forward_flops(
-            built.shape, (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist(),
-            {"visual": len(batch.visual), "acoustic": len(batch.acoustic)}, {name: targets.count for name, targets in batch.targets.items()},
-        )
-        for batch in data.batches
-    )
 
 
 def _open_folder(folder: Path, config: RunConfig, world: distributed.World) -> Path | None:

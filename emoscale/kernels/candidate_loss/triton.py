@@ -24,7 +24,7 @@ TILE = 4096
 
 
 @triton.jit
-def _softplus(x):  # noqa: ANN001, ANN202
+def _softplus(x):
     """log(1 + exp(x)) without overflow, and exact to the last bits where it is tiny (Kahan's log1p)."""
     e = tl.exp(-tl.abs(x))
     one = 1.0 + e
@@ -33,9 +33,9 @@ def _softplus(x):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def candidate_loss_fwd_kernel(  # noqa: ANN201
-    context, table, candidates, losses, slopes, u,  # noqa: ANN001
-    D: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BD: tl.constexpr, FORM: tl.constexpr,  # noqa: N803
+def candidate_loss_fwd_kernel(
+    context, table, candidates, losses, slopes, u,
+    D: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, BD: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Loss [b] and its slopes by the scores [b, k]; one program per context."""
     i = tl.program_id(0).to(tl.int64)
@@ -74,9 +74,9 @@ def candidate_loss_fwd_kernel(  # noqa: ANN201
 
 
 @triton.jit
-def candidate_loss_bwd_kernel(  # noqa: ANN201
-    context, table, candidates, slopes, order, starts, upstream, d_context, d_table, b, u,  # noqa: ANN001
-    D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,  # noqa: N803
+def candidate_loss_bwd_kernel(
+    context, table, candidates, slopes, order, starts, upstream, d_context, d_table, b, u,
+    D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Programs below b: gradient of a context; above: of a table row. Axis 1 cuts the width."""
     program = tl.program_id(0).to(tl.int64)

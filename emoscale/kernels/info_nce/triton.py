@@ -29,7 +29,7 @@ LIFT = {torch.float16: 1024.0}
 
 
 @triton.jit
-def _place(program, b, g, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):  # noqa: ANN001, ANN202, N803
+def _place(program, b, g, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """Give a program's tile: GROUP tiles of rows share the columns that lie in the L2 cache."""
     tall, broad = tl.cdiv(b, BM), tl.cdiv(g, BN)
     first = (program // (GROUP * broad)) * GROUP
@@ -39,7 +39,7 @@ def _place(program, b, g, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexp
 
 
 @triton.jit
-def _products(x, y, rows, cols, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr):  # noqa: ANN001, ANN202, N803
+def _products(x, y, rows, cols, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr):
     """Give ⟨x_row, y_col⟩ [BM, BN] in float32."""
     k = tl.arange(0, BK)
     x_at = x + rows.to(tl.int64)[:, None] * D + k[None, :]
@@ -61,7 +61,7 @@ def _products(x, y, rows, cols, D: tl.constexpr, BM: tl.constexpr, BN: tl.conste
 
 
 @triton.jit
-def _real(at, n, valid, MASKED: tl.constexpr):  # noqa: ANN001, ANN202, N803
+def _real(at, n, valid, MASKED: tl.constexpr):
     """Say which of the rows or columns `at` exist and are valid."""
     real = at < n
     if MASKED:
@@ -70,16 +70,16 @@ def _real(at, n, valid, MASKED: tl.constexpr):  # noqa: ANN001, ANN202, N803
 
 
 @triton.jit
-def _whole(top):  # noqa: ANN001, ANN202
+def _whole(top):
     """Round up a largest logit; of nothing 0."""
     return tl.where(top == float("-inf"), 0.0, tl.ceil(top))
 
 
 @triton.jit
-def info_nce_fwd_kernel(  # noqa: ANN201
-    x, y, scale, row_valid, col_valid, row_top, row_total, col_top, col_total, partner, b, g, offset,  # noqa: ANN001
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,  # noqa: N803
-    MASKED: tl.constexpr, UPCAST: tl.constexpr,  # noqa: N803
+def info_nce_fwd_kernel(
+    x, y, scale, row_valid, col_valid, row_top, row_total, col_top, col_total, partner, b, g, offset,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sums of every row and column of each tile, and the logits of the partners."""
     pair = tl.program_id(1).to(tl.int64)
@@ -115,7 +115,7 @@ def info_nce_fwd_kernel(  # noqa: ANN201
 
 
 @triton.jit
-def info_nce_merge_kernel(tops, totals, top_out, total_out, tiles, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # noqa: ANN001, ANN201, N803
+def info_nce_merge_kernel(tops, totals, top_out, total_out, tiles, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Sums [p, n] of the sums of tiles [p, tiles, n]; of nothing (−inf, 0)."""
     pair = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -139,11 +139,11 @@ def info_nce_merge_kernel(tops, totals, top_out, total_out, tiles, n, BLOCK: tl.
 
 
 @triton.jit
-def info_nce_band_kernel(  # noqa: ANN201
-    x, y, scale, row_top, row_total, col_top, col_total, shift, band, row_valid, col_valid,  # noqa: ANN001
-    b, g, first, count, stride, offset, keep, lift,  # noqa: ANN001
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,  # noqa: N803
-    MASKED: tl.constexpr, UPCAST: tl.constexpr,  # noqa: N803
+def info_nce_band_kernel(
+    x, y, scale, row_top, row_total, col_top, col_total, shift, band, row_valid, col_valid,
+    b, g, first, count, stride, offset, keep, lift,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """G of rows [first, first + count), zero where not valid."""
     pair = tl.program_id(1).to(tl.int64)

@@ -1,0 +1,142 @@
+"""The systems that the one loop trains: how each is built, fed, and counted."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from emoscale import distributed
+from emoscale.config import ConfigError, from_mapping
+from emoscale.data.collate import Encoder
+from emoscale.data.dialogues import DialogueSteps, Windows
+from emoscale.data.loader import StepData, Steps
+from emoscale.data.masking import MaskingPlan
+from emoscale.data.order import Order
+from emoscale.data.streams import Utterances
+from emoscale.models.dialogue import Context, DialogueEncoder, DialogueModel, Scale
+from emoscale.models.task import Task, TaskModel, in_context
+from emoscale.models.unified import UnifiedTransformer
+from emoscale.objectives import DIALOGUE_OBJECTIVES
+from emoscale.training.build import Built, backbone_shape, build
+from emoscale.training.corpora import Opened, expressions_of
+from emoscale.training.flops import forward_flops
+from emoscale.training.start import start_from
+
+if TYPE_CHECKING:
+    from emoscale.training.run import RunConfig
+
+
+@dataclass
+class DialogueConfig:
+    """Windows of dialogues and the encoder above them (`system: tcmp`)."""
+
+    length: int = 11
+    """Utterances per window at most."""
+    stride: int = 5
+    """Utterances from the start of one window to the next."""
+    candidates: int = 11
+    """Utterances that a target is searched among, itself included; 1 = none are drawn (for `form: global` alone)."""
+    same_speaker: bool = True
+    """Search only targets whose speaker is that of the utterance two before (unknown speakers count as the same)."""
+    scale: Scale = "width"
+    """Of the attention to distant utterances: `none` is the released code's, which saturates."""
+    context: Context = "attended+nearby"
+    """What a query knows: `attended` is eq. 10 as printed, which is zero where nothing is distant."""
+
+    def validate(self) -> None:
+        """Check the ranges."""
+        if self.length < 3 or self.stride < 1 or self.candidates < 1:
+            raise ValueError(f"length: length={self.length} (≥ 3), stride={self.stride} (≥ 1), candidates={self.candidates} (≥ 1)")
+
+
+@dataclass(frozen=True)
+class System:
+    """What a run asks of a system."""
+
+    build: Callable[[RunConfig, Utterances, Encoder], Built]
+    steps: Callable[[RunConfig, Opened, Built, distributed.World], Steps]
+    flops: Callable[[Built, StepData], float]
+    """Floating-point operations of a step's forward passes on this rank."""
+
+
+def _memobert(config: RunConfig, corpus: Utterances, encoder: Encoder) -> Built:
+    return build(
+        config.model, config.objectives, encoder, seed=config.run.seed, per_step=config.data.task_mix == "per_step",
+        modality_dropout=config.data.modality_dropout, expressions=expressions_of(corpus),
+    )
+
+
+def _utterance_steps(config: RunConfig, opened: Opened, built: Built, world: distributed.World) -> Steps:
+    return Steps(
+        opened.utterances, opened.order, built.encoder, built.plan,
+        global_batch=config.data.global_batch, max_tokens=config.data.max_tokens, rank=world.rank, world=world.size,
+    )
+
+
+def _utterance_flops(built: Built, data: StepData) -> float:
+    return sum(
+        forward_flops(
+            built.shape, (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist(),
+            {"visual": len(batch.visual), "acoustic": len(batch.acoustic)}, {name: targets.count for name, targets in batch.targets.items()},
+        )
+        for batch in data.batches
+    )
+
+
+def _tcmp(config: RunConfig, corpus: Utterances, encoder: Encoder) -> Built:
+    """Build TCMP: the unified transformer encodes texts and voices by themselves, the dialogue encoder puts them in context."""
+    shape = backbone_shape(config.model, encoder)
+    utterance = UnifiedTransformer(**shape)
+    if config.model.init:
+        start_from(config.model.init, TaskModel(utterance, {}, {}), encoder.text.tokenizer)
+    given = {"scale": config.dialogue.scale, "context": config.dialogue.context}
+    backbone = DialogueModel(utterance, DialogueEncoder(shape["width"], scale=config.dialogue.scale, context=config.dialogue.context))
+    configs = read_dialogue_objectives(config.objectives)
+    tasks: dict[str, Task] = {name: DIALOGUE_OBJECTIVES[name](chosen) for name, chosen in configs.items()}  # type: ignore[call-arg]  # a subclass takes its config
+    model = TaskModel(backbone, tasks, {name: chosen.weight for name, chosen in configs.items()}, in_context)
+    return Built(model, MaskingPlan([], config.run.seed), encoder, {"utterance": shape, "dialogue": given})
+
+
+def read_dialogue_objectives(objectives: dict[str, Any]) -> dict[str, Any]:
+    """Fill each objective's own options, in the order of `DIALOGUE_OBJECTIVES`; those with weight 0 are left out.
+
+    Raises:
+        ConfigError: there is no such objective, an option is wrong, or none is left.
+    """
+    for name in objectives:
+        if name not in DIALOGUE_OBJECTIVES:
+            near = difflib.get_close_matches(name, DIALOGUE_OBJECTIVES, n=1)
+            raise ConfigError(f"objectives.{name}: unknown objective; {f'did you mean {near[0]!r}?' if near else 'there are ' + ', '.join(DIALOGUE_OBJECTIVES)}")
+    wanted = objectives or {name: {} for name in DIALOGUE_OBJECTIVES}
+    configs = {name: from_mapping(kind.Config, wanted[name] or {}, f"objectives.{name}") for name, kind in DIALOGUE_OBJECTIVES.items() if name in wanted}
+    configs = {name: config for name, config in configs.items() if config.weight > 0}
+    if not configs:
+        raise ConfigError("objectives: none is left to train; give at least one a weight above 0")
+    return configs
+
+
+def _dialogue_steps(config: RunConfig, opened: Opened, built: Built, world: distributed.World) -> Steps:
+    if len(opened.stages) > 1:
+        raise ConfigError("data.corpora: one has grown, and windows are numbered by all dialogues; start a new run (run.output, model.init=the old one)")
+    windows = Windows(opened.utterances, config.dialogue.length, config.dialogue.stride, same_speaker=config.dialogue.same_speaker)
+    return DialogueSteps(
+        opened.utterances, Order(len(windows), config.run.seed, config.data.block), built.encoder, windows, candidates=config.dialogue.candidates,
+        seed=config.run.seed, whole=any(task.over_all_ranks for task in built.model.tasks.values()),  # type: ignore[union-attr]  # all are tasks
+        global_batch=config.data.global_batch, max_tokens=config.data.max_tokens, rank=world.rank, world=world.size,
+    )
+
+
+def _dialogue_flops(built: Built, data: StepData) -> float:
+    total = 0.0
+    for batch in data.batches:
+        sequences: Any = batch.sequences  # type: ignore[attr-defined]  # a DialogueBatch
+        lengths = (sequences.cu_seqlens[1:] - sequences.cu_seqlens[:-1]).tolist()
+        total += forward_flops(built.shape["utterance"], lengths, {"visual": 0, "acoustic": len(sequences.acoustic)}, {})
+    return total
+
+
+SYSTEMS = {"memobert": System(_memobert, _utterance_steps, _utterance_flops), "tcmp": System(_tcmp, _dialogue_steps, _dialogue_flops)}
+Name = Literal["memobert", "tcmp"]
+
