@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -88,16 +89,26 @@ def test_groups_hold_like_lengths_and_every_sequence_once() -> None:
     assert [group.tolist() for group in few] == [[0, 1], [2, 3]]
 
 
-@pytest.mark.parametrize("impl", ["flash", "torch"])
+@pytest.mark.parametrize(("module", "positional"), [("flash_attn.cute", 3), ("flash_attn", 7)])
+def test_flash_attention_takes_what_it_is_given(module: str, positional: int) -> None:
+    """Import and signature alone: neither release has run here."""
+    function = pytest.importorskip(module, exc_type=ImportError).flash_attn_varlen_func
+    names = list(inspect.signature(function).parameters)
+    assert names[:3] == ["q", "k", "v"]
+    bounds = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+    assert bounds <= set(names) if positional == 3 else set(names[3:positional]) == bounds
+
+
+@pytest.mark.parametrize("impl", ["flash4", "flash", "torch", "cudnn"])
 def test_gpu_kernels_say_why_they_do_not_run(impl: str) -> None:
     with pytest.raises(ValueError, match=f"impl='{impl}' cannot run here: needs a CUDA device"):
         varlen_attention(*packed([3]), bounds([3]), 3, impl=impl)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["auto", "torch", "sdpa"])
+@pytest.mark.parametrize("impl", ["auto", "torch", "sdpa", "cudnn"])
 def test_on_a_gpu(impl: str) -> None:
-    lengths = [33, 1, 132, 64]
+    lengths = [132, 132] if impl == "cudnn" else [33, 1, 132, 64]
     tensors = [item.detach().cuda().bfloat16().requires_grad_() for item in packed(lengths, 4, 64)]
     wide = [item.detach().double().requires_grad_() for item in tensors]
     found = varlen_attention(*tensors, bounds(lengths).cuda(), 132, impl=impl)

@@ -8,9 +8,29 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from emoscale.kernels.dispatch import Op
 from emoscale.kernels.varlen_attention import reference, sdpa
+
+
+def _flash4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    bounds = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+    found = flash_attn_varlen_func(q, k, v, **bounds)
+    return found[0] if isinstance(found, tuple) else found  # releases differ in whether the log-sums come along
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Run cuDNN's dense kernel, for batches whose sequences are all of one length (bucketed)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if q.shape[0] != (cu_seqlens.shape[0] - 1) * max_seqlen:
+        raise ValueError(f"varlen_attention: impl='cudnn' takes sequences of one length; {q.shape[0]} tokens are not {cu_seqlens.shape[0] - 1} × {max_seqlen}")
+    dense = (item.unflatten(0, (-1, max_seqlen)).transpose(1, 2) for item in (q, k, v))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return functional.scaled_dot_product_attention(*dense).transpose(1, 2).flatten(0, 1)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -41,10 +61,20 @@ def _needs(module: str, q: Tensor) -> str | None:
     return None if _installed(module) else f"{module} is not installed"
 
 
+def _needs_hopper(q: Tensor) -> str | None:
+    return None if torch.cuda.get_device_capability(q.device)[0] >= 9 else "needs a GPU of compute capability 9.0 or newer"
+
+
 OP = Op(
     "varlen_attention",
-    {"flash": _flash, "torch": _torch, "sdpa": sdpa.varlen_attention, "reference": reference.varlen_attention},
-    {"flash": lambda q: _needs("flash_attn", q), "torch": lambda q: _needs("torch.nn.attention.varlen", q)},
+    {"flash4": _flash4, "flash": _flash, "torch": _torch, "cudnn": _cudnn, "sdpa": sdpa.varlen_attention, "reference": reference.varlen_attention},
+    {
+        "flash4": lambda q: _needs("flash_attn.cute", q) or _needs_hopper(q),
+        "flash": lambda q: _needs("flash_attn.flash_attn_interface", q),
+        "torch": lambda q: _needs("torch.nn.attention.varlen", q),
+        "cudnn": lambda q: _needs("torch.backends.cudnn", q),
+    },
+    {"cudnn": lambda q: "runs only when asked for: it takes sequences of one length alone"},
 )
 
 
@@ -55,7 +85,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
         q: [t, h, d_head]; `k` and `v` likewise.
         cu_seqlens: int32 [b + 1] boundaries of the sequences.
         max_seqlen: length of the longest sequence.
-        impl: `auto` or one of `flash`, `torch`, `sdpa`, `reference`; no dropout on the attention weights in any.
+        impl: `auto` or one of `flash4`, `flash` (flash-attn 4 and 2), `torch`, `cudnn` (sequences of one length), `sdpa`, `reference`; no dropout on the attention weights in any.
 
     Raises:
         ValueError: `impl` is unknown or cannot take these tensors.
