@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from emoscale import distributed
-from emoscale.config import EmoscaleError
+from emoscale.config import ConfigError, EmoscaleError
 
 NO_CLIPPING = 1e30
 """Stands for "off": the norm is still measured, nothing is scaled."""
@@ -46,6 +46,9 @@ class OptimConfig:
     """Global gradient norm above which gradients are scaled down; 0 = never."""
     warmup: int = 4000
     """Steps of linear warm-up."""
+    factors: dict[str, float] = field(default_factory=dict)
+    """Beginning of parameter names → factor on their learning rate, such as `{backbone.utterance: 0.01}` for pre-trained encoders; the
+    longest beginning counts."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after warm-up, to 0 at `run.steps`."""
 
@@ -53,6 +56,8 @@ class OptimConfig:
         """Check the ranges."""
         if self.lr <= 0 or self.clip < 0 or self.warmup < 0 or self.weight_decay < 0:
             raise ValueError(f"lr: lr={self.lr}, clip={self.clip}, warmup={self.warmup}, weight_decay={self.weight_decay}; none may be negative, lr is > 0")
+        if min(self.factors.values(), default=1.0) <= 0:
+            raise ValueError(f"factors: {self.factors} holds one that is not above 0")
 
 
 @dataclass
@@ -126,7 +131,7 @@ class Engine:
     def step(self, lr: float) -> StepResult:
         """Update the weights, unless a gradient is not finite (on any rank: then no rank updates)."""
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         self._guarded -= 1
         if self.plain and not self._finite():
             self.engine.zero_grad()
@@ -312,13 +317,30 @@ def _clipping(limit: float) -> Callable[..., None]:
 
 
 def _optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    decayed, kept = [v for _, v in trained if v.ndim > 1], [v for _, v in trained if v.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    groups = _groups(model, optim)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=torch.cuda.is_available())
+
+
+def _groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Divide the trained parameters by learning rate and weight decay.
+
+    Raises:
+        ConfigError: a beginning of names is that of no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    strange = [begin for begin in optim.factors if not any(name.startswith(begin) for name in names)]
+    if strange:
+        raise ConfigError(f"optim.factors: no parameter begins with {strange[0]!r}; there are {', '.join(dict.fromkeys('.'.join(name.split('.')[:2]) for name in names))}")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, value in model.named_parameters():
+        begins = [begin for begin in optim.factors if name.startswith(begin)]
+        factor = optim.factors[max(begins, key=len)] if begins else 1.0
+        if value.requires_grad:
+            groups.setdefault((factor, optim.weight_decay if value.ndim > 1 else 0.0), []).append(value)
+    ordered = sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1]))
+    return [{"params": values, "weight_decay": decay, "factor": factor} for (factor, decay), values in ordered]
 
 
 def _import_deepspeed() -> Any:

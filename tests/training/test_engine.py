@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
-from emoscale.training.engine import ZeroConfig
+from emoscale.config import ConfigError
+from emoscale.training.engine import OptimConfig, ZeroConfig, _groups
 from tests.training.equality import SMALL, cases, key_of
 from tests.training.forks import Forks
 
@@ -138,6 +140,22 @@ def test_states_go_on_bit_equal_at_their_stage_and_alike_at_another(forks: Forks
 def test_zero_config_refuses(values: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         ZeroConfig(**values).validate()
+
+
+def test_learning_rates_by_name():
+    model = nn.ModuleDict({"text": nn.Linear(2, 3), "texture": nn.Linear(3, 3), "head": nn.ModuleDict({"a": nn.Linear(3, 1), "b": nn.Linear(3, 1)})})
+    model["texture"].requires_grad_(False)
+    given = OptimConfig(weight_decay=0.1, factors={"text.": 0.01, "head": 2.0, "head.b": 3.0})
+    groups = {(group["factor"], group["weight_decay"]): {id(value) for value in group["params"]} for group in _groups(model, given)}
+    part = lambda *names: {id(model.get_parameter(name)) for name in names}  # noqa: E731
+    assert groups == {
+        (3.0, 0.1): part("head.b.weight"), (3.0, 0.0): part("head.b.bias"), (2.0, 0.1): part("head.a.weight"), (2.0, 0.0): part("head.a.bias"),
+        (0.01, 0.1): part("text.weight"), (0.01, 0.0): part("text.bias"),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="no parameter begins with .bert."):
+        _groups(model, OptimConfig(factors={"bert": 0.1}))
+    with pytest.raises(ValueError, match="not above 0"):
+        OptimConfig(factors={"text": 0.0}).validate()
 
 
 def test_small_micro_batches_hold_the_longest_utterance():

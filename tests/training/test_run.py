@@ -197,6 +197,20 @@ def shard_of(corpus: Path, number: int) -> int:
     return next(i for i in range(len(counts)) if number < sum(counts[: i + 1]))
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_learning_rates_by_name_hold_in_every_stage(runs: Runs, tmp_path: Path, stage: int):
+    words = [f"zero.stage={stage}", "run.steps=1", "optim.name=sgd", "optim.weight_decay=0", "optim.clip=0", "model.dropout=0"]
+    found = {}
+    for name, factors in {"plain": "{}", "halved": "{backbone.text: 0.5}"}.items():
+        runs.start(tmp_path / name, *words, f"optim.factors={factors}").succeed()
+        found[name] = load_file(tmp_path / name / "checkpoints" / "step_00000001" / "weights.safetensors")
+    runs.start(tmp_path / "start", *words, "optim.lr=1e-30").succeed()
+    start = load_file(tmp_path / "start" / "checkpoints" / "step_00000001" / "weights.safetensors")
+    for name, value in start.items():
+        moved = {key: weights[name] - value for key, weights in found.items()}
+        torch.testing.assert_close(moved["halved"], moved["plain"] * (0.5 if name.startswith("backbone.text") else 1.0), rtol=1e-3, atol=1e-7)
+
+
 def test_check_writes_nothing(runs: Runs, tmp_path: Path):
     words = ["pretrain", "--check", f"data.corpora=[{runs.corpus}]", f"run.output={tmp_path / 'run'}", *RECIPE]
     assert "# valid" in runs.forks.start("tests.training.runs:command", *words).succeed()
