@@ -6,6 +6,7 @@ import importlib.util
 import os
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,6 +29,11 @@ def refuse(device: torch.device) -> str | None:
 def unasked(device: torch.device) -> str | None:
     """Say why `auto` never takes a Triton kernel on a device, or None: the interpreter is thousands of times slower."""
     return None if device.type == "cuda" else "the interpreter runs only when asked for"
+
+
+def looked_at() -> bool:
+    """Say whether somebody looks at operations: then they go through the dispatcher, which costs as much as a kernel."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def refuse_dtype(dtype: torch.dtype) -> str | None:

@@ -33,6 +33,13 @@ def test_explain_tells_taken_available_and_refused() -> None:
     assert op("no").explain(1) == {"fast": "no", "reference": "taken"}
 
 
+def test_what_auto_passes_over_runs_when_asked_for() -> None:
+    slow = Op("double", {"slow": lambda x: 2 * x, "reference": lambda x: x + x}, {}, {"slow": lambda x: "is slow"})
+    assert slow.pick("auto", 1) is slow.forms["reference"]
+    assert slow.pick("slow", 1) is slow.forms["slow"]
+    assert slow.explain(1) == {"slow": "available", "reference": "taken"}
+
+
 def test_explain_covers_every_operation_once() -> None:
     table = kernels.explain()
     operations = {"span_mask", "masked_regression", "masked_kl", "max_mean_pool", "varlen_attention"}
