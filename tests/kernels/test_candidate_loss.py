@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
 from emoscale.kernels import candidate_loss
-from emoscale.kernels.candidate_loss import FORMS, OP
+from emoscale.kernels.candidate_loss import FORMS, OP, bench
 from tests.kernels.conftest import forms
 
 IMPLS = forms(OP)
@@ -134,6 +136,7 @@ def test_a_row_that_does_not_exist_makes_the_loss_nan() -> None:
 
 
 def test_operators() -> None:
+    importlib.import_module("emoscale.kernels.candidate_loss.triton")  # registers them
     context, table, candidates = inputs(5, 7, 3, 8)
     arguments = context.float(), table.float(), candidates
     torch.library.opcheck(torch.ops.emoscale.candidate_loss_fwd, (*arguments, "softmax"))
@@ -174,6 +177,16 @@ def test_bad_input(change: dict, message: str) -> None:
     good = {"context": torch.zeros(5, 3), "table": torch.zeros(4, 3), "candidates": torch.zeros(5, 2, dtype=torch.int64)}
     with pytest.raises(ValueError, match=message):
         candidate_loss(**(good | change))
+
+
+def test_bench_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    for form in FORMS:
+        given = bench.build(20, 5, 8, form=form)
+        assert set(bench.measure(given, rounds=1)) == {"reference", "eager"}
+    right = bench.eager
+    monkeypatch.setattr(bench, "eager", lambda *parts: 1.001 * right(*parts))
+    with pytest.raises(ValueError, match=r"loss of eager, printed, is off by 0\.001; not timed"):
+        bench.measure(given, rounds=1)
 
 
 @pytest.mark.gpu

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emoscale.kernels import info_nce
-from emoscale.kernels.info_nce import OP, blockwise
+from emoscale.kernels import info_nce, launch
+from emoscale.kernels.info_nce import OP, bench, blockwise
 from tests.kernels import contrast
 from tests.kernels.conftest import forms
 from tests.kernels.contrast import apart, missing, pairs, run
@@ -189,7 +189,8 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("impl", ["auto", "blockwise"])
-def test_logits_are_never_in_memory(impl: str) -> None:
+def test_logits_are_never_in_memory(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "looked_at", lambda: False)  # else the mode sees the operators, not what is in them
     x, y = (part.float() for part in pairs(1, 8192, 4))
     with Largest() as largest:
         run(x, y, 14.0, impl=impl)
@@ -269,6 +270,20 @@ def test_ranks_give_what_one_gives(world: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("same") == sum(case["impl"] != "triton" or world == 2 for case in contrast.CASES)
     assert done.stdout.count("refused") == world
+
+
+def test_bench_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = bench.build(2, 20, 8)
+    assert set(bench.measure(inputs, rounds=1)) == {"blockwise", "eager cross_entropy", "eager logsumexp"}
+    monkeypatch.setattr(bench, "logsumexp", lambda x, y, scale: 1.001 * bench.cross_entropy(x, y, scale))
+    with pytest.raises(ValueError, match=r"loss of eager logsumexp is off by 0\.001; not timed"):
+        bench.measure(inputs, rounds=1)
+
+
+def test_bench_sees_the_memory_of_the_logits() -> None:
+    inputs = bench.build(1, 3000, 8)
+    seen = bench.samples(inputs, bench.competitors(inputs), rounds=1, threads=1)
+    assert seen["eager logsumexp"]["mib"] > 2 * 3000**2 * 4 / 2**20 > 3 * seen["blockwise"]["mib"]
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from emoscale.kernels import launch
 from emoscale.kernels.aot import Variant
 
 LIBRARY = torch.library.Library("emoscale", "FRAGMENT")
@@ -165,7 +166,7 @@ class CandidateLoss(torch.autograd.Function):
     def forward(ctx: Any, context: Tensor, table: Tensor, candidates: Tensor, form: str) -> Tensor:
         """Give the loss, float32."""
         context, table, candidates = context.contiguous(), table.contiguous(), candidates.contiguous()
-        run = torch.ops.emoscale.candidate_loss_fwd if torch.compiler.is_compiling() else _forward
+        run = torch.ops.emoscale.candidate_loss_fwd if launch.looked_at() else _forward
         loss, slopes = run(context, table, candidates, form)
         ctx.save_for_backward(context, table, candidates, slopes)
         return loss
@@ -174,7 +175,7 @@ class CandidateLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Give the gradients of context and table in their dtype."""
-        run = torch.ops.emoscale.candidate_loss_bwd if torch.compiler.is_compiling() else _backward
+        run = torch.ops.emoscale.candidate_loss_bwd if launch.looked_at() else _backward
         return *run(upstream, *ctx.saved_tensors), None, None
 
 

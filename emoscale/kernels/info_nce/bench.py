@@ -18,24 +18,16 @@ from emoscale.kernels.info_nce import OP, info_nce
 
 Step = Callable[[], list[Tensor]]
 """Runs forward and backward, gives the loss and the gradients of x, y and the scale."""
-SHAPES = {
-    "paper": (3, 640, 768),
-    "small": (1, 2048, 512),
-    "cpu": (1, 16384, 256),
-    "medium": (1, 8192, 768),
-    "large": (1, 32768, 768),
-    "narrow": (1, 32768, 256),
-    "huge": (1, 65536, 768),
-}
+SHAPES = {"paper": (3, 640, 768), "small": (1, 2048, 512), "cpu": (1, 16384, 256)}
 """Name → pairs of modalities, utterances, width."""
-SCALES = (14.3, 100.0)
+LARGE = {"medium": (1, 8192, 768), "large": (1, 32768, 768), "narrow": (1, 32768, 256), "huge": (1, 65536, 768)}
 CHECKED = 2048
 """Utterances of the batch on which competitors are compared with float64; more would need its logits in memory."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Unit vectors [p, b, d] of both sides, half aligned, and the scale."""
+    """Unit vectors [p, b, d] of both sides, partners at a cosine of about 0.3, and the scale."""
 
     x: Tensor
     y: Tensor
@@ -56,13 +48,14 @@ def build(
     """Draw a batch."""
     random = torch.Generator().manual_seed(seed)
     x, noise = (torch.randn(p, b, d, generator=random) for _ in range(2))
-    x, y = (F.normalize(part, dim=-1).to(device, dtype) for part in (x, x + noise))
+    x, y = (F.normalize(part, dim=-1).to(device, dtype) for part in (x, x + 3 * noise))
     return Inputs(x, y, torch.tensor(scale, device=device))
 
 
-def flop(p: int, b: int, d: int) -> int:
-    """Give the operations of the products that forward and backward need: logits twice, and each gradient once."""
-    return 8 * p * b * b * d
+def work(inputs: Inputs) -> tuple[float, float]:
+    """Give (bytes, floating-point operations): both sides are read each way, gradients written; logits count twice, each gradient once."""
+    p, b, d = inputs.x.shape
+    return 6.0 * inputs.x.nbytes, 8.0 * p * b * b * d
 
 
 def _step(inputs: Inputs, loss: Callable[..., Tensor]) -> Step:
@@ -122,8 +115,8 @@ def competitors(inputs: Inputs, *, compiled: bool = False) -> dict[str, Step]:
     return run | {name: _step(inputs, loss) for name, loss in rivals.items()}
 
 
-def check(inputs: Inputs, *, compiled: bool = False) -> None:
-    """Compare every competitor with the reference in float64, on the first utterances.
+def check(inputs: Inputs, run: dict[str, Step]) -> None:
+    """Compare the competitors named in `run` with the reference in float64, on the first utterances.
 
     Raises:
         ValueError: one is wrong; it must not be timed.
@@ -132,20 +125,29 @@ def check(inputs: Inputs, *, compiled: bool = False) -> None:
     exact = Inputs(few.x.double(), few.y.double(), few.scale.double())
     expected = _step(exact, lambda *leaves: info_nce(*leaves, impl="reference"))()
     # Eager in half precision is that far off itself.
-    tolerance = 1e-5 if few.x.dtype == torch.float32 else 0.05
-    for name, step in competitors(few, compiled=compiled).items():
-        for part, got, want in zip(("loss", "x", "y"), step(), expected, strict=False):
-            error = ((got.double() - want).norm() / want.norm()).item()
+    tolerance = 1e-4 if few.x.dtype == torch.float32 else 0.05
+    again = competitors(few, compiled="torch.compile" in run)
+    for name in run:
+        for part, got, want in zip(("loss", "x", "y"), again[name](), expected, strict=False):
+            # Where partners are found with certainty, loss and gradients are next to zero.
+            error = ((got.double() - want).norm() / want.norm().clamp(min=1e-3)).item()
             if not error <= tolerance:
                 raise ValueError(f"info_nce: {part} of {name} is off by {error:.2g}; not timed")
 
 
-def measure(
-    inputs: Inputs, *, rounds: int = 5, threads: int | None = None, compiled: bool = False
-) -> dict[str, dict[str, float]]:
-    """Give seconds (median, p20, p80) and extra peak MiB of forward + backward per competitor, checked first.
+def measure(inputs: Inputs, *, rounds: int = 5, threads: int | None = None, compiled: bool = False) -> dict[str, float]:
+    """Give the median seconds of forward + backward per competitor, checked first; see `samples`."""
+    run = competitors(inputs, compiled=compiled)
+    check(inputs, run)
+    return {name: seen["seconds"] for name, seen in samples(inputs, run, rounds=rounds, threads=threads).items()}
 
-    Rounds interleave. Peak memory counts from before the run and holds the gradients.
+
+def samples(
+    inputs: Inputs, run: dict[str, Step], *, rounds: int = 5, threads: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Give seconds (median, p20, p80) and extra peak MiB per competitor; rounds interleave, and the first warms up.
+
+    Peak memory counts from before the run and holds the gradients.
 
     Args:
         threads: CPU threads; as PyTorch has them where None.
@@ -153,13 +155,11 @@ def measure(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        check(inputs, compiled=compiled)
-        run = competitors(inputs, compiled=compiled)
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in run}
         for number in range(rounds + 1):
             for name, step in run.items():
                 seen = _observe(step, inputs.x.device)
-                found[name] += [seen] if number else []  # the first warms up
+                found[name] += [seen] if number else []
     finally:
         torch.set_num_threads(before)
     return {name: _summary(seen) for name, seen in found.items()}

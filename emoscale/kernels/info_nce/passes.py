@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from emoscale.kernels import launch
 from emoscale.kernels.info_nce import blockwise
 from emoscale.kernels.info_nce.blockwise import Sums
 
@@ -92,7 +93,7 @@ def statistics(
     x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int, form: str
 ) -> Sums:
     """See `blockwise.statistics`."""
-    run = torch.ops.emoscale.info_nce_statistics if torch.compiler.is_compiling() else _statistics
+    run = torch.ops.emoscale.info_nce_statistics if launch.looked_at() else _statistics
     return run(x, y, scale, row_valid, col_valid, offset, form)
 
 
@@ -110,5 +111,5 @@ def gradients(
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `blockwise.gradients`."""
-    run = torch.ops.emoscale.info_nce_gradients if torch.compiler.is_compiling() else _gradients
+    run = torch.ops.emoscale.info_nce_gradients if launch.looked_at() else _gradients
     return run(x, y, scale, sums, shift, weight, row_valid, col_valid, offset, keep, form)
