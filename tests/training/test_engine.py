@@ -152,7 +152,7 @@ def test_learning_rates_by_name():
         (3.0, 0.1): part("head.b.weight"), (3.0, 0.0): part("head.b.bias"), (2.0, 0.1): part("head.a.weight"), (2.0, 0.0): part("head.a.bias"),
         (0.01, 0.1): part("text.weight"), (0.01, 0.0): part("text.bias"),
     }  # fmt: skip
-    with pytest.raises(ConfigError, match="no parameter begins with .bert."):
+    with pytest.raises(ConfigError, match=r"no parameter begins with .bert."):
         _groups(model, OptimConfig(factors={"bert": 0.1}))
     with pytest.raises(ValueError, match="not above 0"):
         OptimConfig(factors={"text": 0.0}).validate()

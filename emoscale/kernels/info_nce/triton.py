@@ -177,8 +177,8 @@ def info_nce_band_kernel(
     tl.store(band + at, grad.to(band.dtype.element_ty), mask=(inner < count)[:, None] & (cols < stride)[None, :])
 
 
-def _tile(b: int, g: int, d: int, dtype: torch.dtype, sums: bool) -> tuple[dict[str, int], int, int]:
-    """Give the tile, warps and stages for a shape (`sums`: of the forward); from compiled resources, not from timings."""
+def _tile(b: int, g: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], int, int]:
+    """Give the tile, warps and stages for a shape; from compiled resources, not from timings."""
     if launch.interpreted():
         return {"BM": 32, "BN": 64, "BK": 32, "GROUP": 2}, 4, 2
     if dtype == torch.float32:  # without tensor cores: exact products
@@ -186,8 +186,8 @@ def _tile(b: int, g: int, d: int, dtype: torch.dtype, sums: bool) -> tuple[dict[
     wide = 64 if d >= 64 else 32
     if b * g <= 2048 * 2048:  # 132 SMs want more tiles than 128 × 128 gives at the paper's 640 utterances
         return {"BM": 64, "BN": 128, "BK": wide, "GROUP": 8}, 4, 3
-    # The forward keeps the logits for a second exponential that is rarely taken: at 128 × 256 it spills.
-    return {"BM": 128, "BN": 128 if sums else 256, "BK": wide, "GROUP": 8}, 8, 3
+    # Both passes keep the logits for a second exponential that is rarely taken: at 128 × 256 they spill.
+    return {"BM": 128, "BN": 128, "BK": wide, "GROUP": 8}, 8, 3
 
 
 def _flags(dtype: torch.dtype, row_valid: Tensor | None) -> dict[str, bool]:
@@ -225,7 +225,7 @@ def statistics(
         nothing = partner.new_zeros((p, g))
         return partner, partner.clone(), nothing - float("inf"), nothing, partner.clone()
     row_valid, col_valid = _both(x, row_valid, col_valid)
-    tile, warps, stages = _tile(b, g, d, x.dtype, sums=True)
+    tile, warps, stages = _tile(b, g, d, x.dtype)
     tall, broad = triton.cdiv(b, tile["BM"]), triton.cdiv(g, tile["BN"])
     row_top, col_top = partner.new_empty((p, broad, b)), partner.new_empty((p, tall, g))
     row_total, col_total = torch.empty_like(row_top), torch.empty_like(col_top)
@@ -261,7 +261,7 @@ def gradients(
     if b == 0:
         return dx, dy, dscale
     row_valid, col_valid = _both(x, row_valid, col_valid)
-    tile, warps, stages = _tile(b, g, d, x.dtype, sums=False)
+    tile, warps, stages = _tile(b, g, d, x.dtype)
     dtype = torch.float32 if launch.interpreted() and x.dtype == torch.bfloat16 else x.dtype
     lift = LIFT.get(dtype, 1.0)
     weight = (weight.to(torch.float32) / lift)[:, None, None]
@@ -308,7 +308,7 @@ def variants() -> list[Variant]:
             ("fwd", info_nce_fwd_kernel, inputs | sums | {"partner": "*fp32"} | sizes),
             ("band", info_nce_band_kernel, inputs | band | sizes | more),
         ):
-            tile, warps, stages = _tile(b, b, d, torch.bfloat16 if dtype == "bf16" else torch.float32, stem == "fwd")
+            tile, warps, stages = _tile(b, b, d, torch.bfloat16 if dtype == "bf16" else torch.float32)
             constants = {"D": d, **tile, "MASKED": True, "UPCAST": False}
             aligned = tuple(key for key in signature if key not in ("keep", "lift", "offset", "first", "count"))
             found.append(Variant(f"info_nce_{stem}_{name}", kernel, signature, constants, warps, stages, aligned))
