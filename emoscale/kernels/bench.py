@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
 
@@ -22,7 +24,8 @@ import torch
 from torch import Tensor
 
 OPS = ("span_mask", "info_nce", "candidate_loss", "max_mean_pool", "masked_regression", "masked_kl")
-WARM_UP = 2
+WARM_UP, SLOW_S = 2, 0.5
+"""Runs of a function before each timed one, and the seconds above which its last timed run has to do for them."""
 FLUSH_BYTES = 1 << 28
 """Written between timed runs on a GPU, so that no input is found in its cache."""
 COPY_BYTES, GEMM = {"cpu": 1 << 28, "cuda": 1 << 31}, {"cpu": 2048, "cuda": 8192}
@@ -166,7 +169,7 @@ def extra_bytes(step: Callable[[], Any], device: str) -> int:
         step()
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     results: Any = profiler.profiler
     events = sorted((event for event in results.kineto_results.events() if event.name() == "[memory]"), key=lambda event: event.start_ns())
@@ -183,8 +186,9 @@ def _interleaved(run: dict[str, Callable[[], Any]], device: str, rounds: int) ->
     taken: dict[str, list[float]] = {name: [] for name in run}
     for _ in range(rounds):
         for name, step in run.items():
-            for _ in range(WARM_UP):
-                step()
+            if not taken[name] or taken[name][-1] < SLOW_S:
+                for _ in range(WARM_UP):
+                    step()
             taken[name].append(_timed(step, flush))
     return taken
 
@@ -216,6 +220,19 @@ def _launches(step: Callable[[], Any]) -> tuple[int, int]:
     return sum(name.startswith(("cudaLaunchKernel", "cuLaunchKernel")) for name in names), sum(
         name in ("cudaStreamSynchronize", "cudaEventSynchronize") for name in names
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the profiler's C++ writes to standard error off it: no setting does."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _quantile(values: Iterable[float], share: float) -> float:
