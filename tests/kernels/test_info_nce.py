@@ -28,14 +28,20 @@ def exact(x: torch.Tensor) -> torch.dtype:
 
 def eager(x, y, scale, valid=None, smoothing=0.0):
     """The loss as models write it, in the dtype of the inputs: a transcription, independent of the package."""
-    x, y, logit_scale = x.clone().requires_grad_(), y.clone().requires_grad_(), torch.tensor(scale, dtype=exact(x), requires_grad=True)
+    x, y, logit_scale = (
+        x.clone().requires_grad_(),
+        y.clone().requires_grad_(),
+        torch.tensor(scale, dtype=exact(x), requires_grad=True),
+    )
     total = 0.0
     for i in range(len(x)):
         keep = slice(None) if valid is None else valid[i]
         logits = logit_scale.to(x.dtype) * (x[i][keep] @ y[i][keep].T)
         target = torch.arange(len(logits))
         if len(logits):
-            total = total + sum(F.cross_entropy(each, target, label_smoothing=smoothing) for each in (logits, logits.T)) / 2
+            total = (
+                total + sum(F.cross_entropy(each, target, label_smoothing=smoothing) for each in (logits, logits.T)) / 2
+            )
     loss = total / len(x)
     (3 * loss).backward()
     return [loss.detach(), x.grad, y.grad, logit_scale.grad]
@@ -300,7 +306,11 @@ def test_on_a_gpu(b: int, scale: float) -> None:
 
 
 def run_on(x, y, scale, valid, impl):
-    x, y, logit_scale = x.clone().requires_grad_(), y.clone().requires_grad_(), torch.tensor(scale, device=x.device, requires_grad=True)
+    x, y, logit_scale = (
+        x.clone().requires_grad_(),
+        y.clone().requires_grad_(),
+        torch.tensor(scale, device=x.device, requires_grad=True),
+    )
     loss = info_nce(x, y, logit_scale, valid=valid, impl=impl)
     loss.backward()
     return [loss.detach(), x.grad, y.grad, logit_scale.grad]

@@ -29,7 +29,7 @@ LIFT = {torch.float16: 1024.0}
 
 
 @triton.jit
-def _place(program, b, g, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):  # noqa: ANN001, ANN202, N803
+def _place(program, b, g, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """Give a program's tile: GROUP tiles of rows share the columns that lie in the L2 cache."""
     tall, broad = tl.cdiv(b, BM), tl.cdiv(g, BN)
     first = (program // (GROUP * broad)) * GROUP
@@ -39,7 +39,9 @@ def _place(program, b, g, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexp
 
 
 @triton.jit
-def _products(x, y, rows, cols, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr):  # noqa: ANN001, ANN202, N803
+def _products(
+    x, y, rows, cols, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr
+):
     """Give ⟨x_row, y_col⟩ [BM, BN] in float32."""
     k = tl.arange(0, BK)
     x_at = x + rows.to(tl.int64)[:, None] * D + k[None, :]
@@ -61,7 +63,7 @@ def _products(x, y, rows, cols, D: tl.constexpr, BM: tl.constexpr, BN: tl.conste
 
 
 @triton.jit
-def _real(at, n, valid, MASKED: tl.constexpr):  # noqa: ANN001, ANN202, N803
+def _real(at, n, valid, MASKED: tl.constexpr):
     """Say which of the rows or columns `at` exist and are valid."""
     real = at < n
     if MASKED:
@@ -70,16 +72,16 @@ def _real(at, n, valid, MASKED: tl.constexpr):  # noqa: ANN001, ANN202, N803
 
 
 @triton.jit
-def _whole(top):  # noqa: ANN001, ANN202
+def _whole(top):
     """Round up a largest logit; of nothing 0."""
     return tl.where(top == float("-inf"), 0.0, tl.ceil(top))
 
 
 @triton.jit
-def info_nce_fwd_kernel(  # noqa: ANN201
-    x, y, scale, row_valid, col_valid, row_top, row_total, col_top, col_total, partner, b, g, offset,  # noqa: ANN001
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,  # noqa: N803
-    MASKED: tl.constexpr, UPCAST: tl.constexpr,  # noqa: N803
+def info_nce_fwd_kernel(
+    x, y, scale, row_valid, col_valid, row_top, row_total, col_top, col_total, partner, b, g, offset,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sums of every row and column of each tile, and the logits of the partners."""
     pair = tl.program_id(1).to(tl.int64)
@@ -115,7 +117,7 @@ def info_nce_fwd_kernel(  # noqa: ANN201
 
 
 @triton.jit
-def info_nce_merge_kernel(tops, totals, top_out, total_out, tiles, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # noqa: ANN001, ANN201, N803
+def info_nce_merge_kernel(tops, totals, top_out, total_out, tiles, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Sums [p, n] of the sums of tiles [p, tiles, n]; of nothing (−inf, 0)."""
     pair = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -139,11 +141,11 @@ def info_nce_merge_kernel(tops, totals, top_out, total_out, tiles, n, BLOCK: tl.
 
 
 @triton.jit
-def info_nce_band_kernel(  # noqa: ANN201
-    x, y, scale, row_top, row_total, col_top, col_total, shift, band, row_valid, col_valid,  # noqa: ANN001
-    b, g, first, count, stride, offset, keep, lift,  # noqa: ANN001
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,  # noqa: N803
-    MASKED: tl.constexpr, UPCAST: tl.constexpr,  # noqa: N803
+def info_nce_band_kernel(
+    x, y, scale, row_top, row_total, col_top, col_total, shift, band, row_valid, col_valid,
+    b, g, first, count, stride, offset, keep, lift,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """G of rows [first, first + count), zero where not valid."""
     pair = tl.program_id(1).to(tl.int64)
@@ -165,7 +167,10 @@ def info_nce_band_kernel(  # noqa: ANN201
     # A total is at least 1/2 (its top is rounded up), so the tops alone bound the factors.
     far = tl.maximum(tl.max(top - over_row, axis=0), tl.max(top - over_col, axis=0))
     if far > REACH:
-        grad = tl.exp2(logits - over_row[:, None]) * per_row[:, None] + tl.exp2(logits - over_col[None, :]) * per_col[None, :]
+        grad = (
+            tl.exp2(logits - over_row[:, None]) * per_row[:, None]
+            + tl.exp2(logits - over_col[None, :]) * per_col[None, :]
+        )
     else:
         a, c = tl.exp2(top - over_row) * per_row, tl.exp2(top - over_col) * per_col
         grad = tl.exp2(logits - top) * (a[:, None] + c[None, :])
@@ -177,8 +182,8 @@ def info_nce_band_kernel(  # noqa: ANN201
     tl.store(band + at, grad.to(band.dtype.element_ty), mask=(inner < count)[:, None] & (cols < stride)[None, :])
 
 
-def _tile(b: int, g: int, d: int, dtype: torch.dtype, sums: bool) -> tuple[dict[str, int], int, int]:
-    """Give the tile, warps and stages for a shape (`sums`: of the forward); from compiled resources, not from timings."""
+def _tile(b: int, g: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], int, int]:
+    """Give the tile, warps and stages for a shape; chosen from compiled resources, not from timings."""
     if launch.interpreted():
         return {"BM": 32, "BN": 64, "BK": 32, "GROUP": 2}, 4, 2
     if dtype == torch.float32:  # without tensor cores: exact products
@@ -186,8 +191,8 @@ def _tile(b: int, g: int, d: int, dtype: torch.dtype, sums: bool) -> tuple[dict[
     wide = 64 if d >= 64 else 32
     if b * g <= 2048 * 2048:  # 132 SMs want more tiles than 128 × 128 gives at the paper's 640 utterances
         return {"BM": 64, "BN": 128, "BK": wide, "GROUP": 8}, 4, 3
-    # The forward keeps the logits for a second exponential that is rarely taken: at 128 × 256 it spills.
-    return {"BM": 128, "BN": 128 if sums else 256, "BK": wide, "GROUP": 8}, 8, 3
+    # At 128 × 256 both kernels spill: they keep the logits for a second exponential that is rarely taken.
+    return {"BM": 128, "BN": 128, "BK": wide, "GROUP": 8}, 8, 3
 
 
 def _flags(dtype: torch.dtype, row_valid: Tensor | None) -> dict[str, bool]:
@@ -225,7 +230,7 @@ def statistics(
         nothing = partner.new_zeros((p, g))
         return partner, partner.clone(), nothing - float("inf"), nothing, partner.clone()
     row_valid, col_valid = _both(x, row_valid, col_valid)
-    tile, warps, stages = _tile(b, g, d, x.dtype, sums=True)
+    tile, warps, stages = _tile(b, g, d, x.dtype)
     tall, broad = triton.cdiv(b, tile["BM"]), triton.cdiv(g, tile["BN"])
     row_top, col_top = partner.new_empty((p, broad, b)), partner.new_empty((p, tall, g))
     row_total, col_total = torch.empty_like(row_top), torch.empty_like(col_top)
@@ -261,7 +266,7 @@ def gradients(
     if b == 0:
         return dx, dy, dscale
     row_valid, col_valid = _both(x, row_valid, col_valid)
-    tile, warps, stages = _tile(b, g, d, x.dtype, sums=False)
+    tile, warps, stages = _tile(b, g, d, x.dtype)
     dtype = torch.float32 if launch.interpreted() and x.dtype == torch.bfloat16 else x.dtype
     lift = LIFT.get(dtype, 1.0)
     weight = (weight.to(torch.float32) / lift)[:, None, None]
@@ -308,11 +313,21 @@ def variants() -> list[Variant]:
             ("fwd", info_nce_fwd_kernel, inputs | sums | {"partner": "*fp32"} | sizes),
             ("band", info_nce_band_kernel, inputs | band | sizes | more),
         ):
-            tile, warps, stages = _tile(b, b, d, torch.bfloat16 if dtype == "bf16" else torch.float32, stem == "fwd")
+            tile, warps, stages = _tile(b, b, d, torch.bfloat16 if dtype == "bf16" else torch.float32)
             constants = {"D": d, **tile, "MASKED": True, "UPCAST": False}
             aligned = tuple(key for key in signature if key not in ("keep", "lift", "offset", "first", "count"))
             found.append(Variant(f"info_nce_{stem}_{name}", kernel, signature, constants, warps, stages, aligned))
     signature = dict.fromkeys(("tops", "totals", "top_out", "total_out"), "*fp32") | {"tiles": "i32", "n": "i32"}
     constants = {"BLOCK": 128, "CHUNK": 16}
-    found.append(Variant("info_nce_merge", info_nce_merge_kernel, signature, constants, 4, 2, ("tops", "totals", "top_out", "total_out", "n")))
+    found.append(
+        Variant(
+            "info_nce_merge",
+            info_nce_merge_kernel,
+            signature,
+            constants,
+            4,
+            2,
+            ("tops", "totals", "top_out", "total_out", "n"),
+        )
+    )
     return found
