@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import subprocess
@@ -76,6 +77,19 @@ def test_many_tiles(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(x.to(dtype), y.to(dtype), 20.0, valid=valid, label_smoothing=0.1, impl=impl)
     for got, want in zip(found, expected, strict=True):
         assert apart(got, want) <= (1e-11 if dtype == torch.float64 else 5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_many_bands(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = importlib.import_module("emoscale.kernels.info_nce.triton")
+    assert triton.band_rows(1, 32768, 32768, 2) == 1024
+    assert triton.band_rows(3, 640, 640, 2) == 640
+    monkeypatch.setattr(triton, "band_rows", lambda p, b, g, itemsize: 20)
+    x, y = (part.to(dtype) for part in pairs(2, 50, 9))
+    expected = eager(x.double(), y.double(), 14.0, missing(2, 50), 0.1)
+    found = run(x, y, 14.0, valid=missing(2, 50), label_smoothing=0.1, impl="triton")
+    for got, want in zip(found, expected, strict=True):
+        assert apart(got, want) <= (5e-6 if dtype == torch.float32 else 1e-3)
 
 
 @pytest.mark.parametrize("impl", ["blockwise", "triton"])
