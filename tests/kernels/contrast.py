@@ -33,7 +33,11 @@ def missing(p: int, b: int, seed: int = 1) -> Tensor:
 def run(x: Tensor, y: Tensor, scale: float, **options: Any) -> list[Tensor]:
     """Give the loss and the gradients of 3 · loss to x, y and the scale."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x, y, logit_scale = x.clone().requires_grad_(), y.clone().requires_grad_(), torch.tensor(scale, dtype=wide, requires_grad=True)
+    x, y, logit_scale = (
+        x.clone().requires_grad_(),
+        y.clone().requires_grad_(),
+        torch.tensor(scale, dtype=wide, requires_grad=True),
+    )
     loss = info_nce(x, y, logit_scale, **options)
     (3 * loss).backward()
     return [loss.detach(), *(part.grad for part in (x, y, logit_scale))]

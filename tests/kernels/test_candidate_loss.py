@@ -58,7 +58,12 @@ def test_value_and_gradients(impl: str, form: str, shape: tuple[int, ...]) -> No
     dtype = torch.float32 if impl == "triton" else torch.float64
     found = run(context.to(dtype), table.to(dtype), candidates, form, impl)
     for got, want in zip(found, transcription(context, table, candidates, form), strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=2e-5 if dtype == torch.float32 else 1e-9, atol=2e-6 if dtype == torch.float32 else 1e-12)
+        torch.testing.assert_close(
+            got.double(),
+            want,
+            rtol=2e-5 if dtype == torch.float32 else 1e-9,
+            atol=2e-6 if dtype == torch.float32 else 1e-12,
+        )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -104,7 +109,10 @@ def test_certain_scores_neither_overflow_nor_vanish(impl: str, form: str) -> Non
 
 def test_printed_has_no_lower_bound() -> None:
     context, candidates = torch.tensor([[1.0]]), torch.tensor([[0, 1]])
-    losses = [candidate_loss(context, torch.tensor([[9.0], [noise]]), candidates, form="printed") for noise in (-10.0, -1000.0)]
+    losses = [
+        candidate_loss(context, torch.tensor([[9.0], [noise]]), candidates, form="printed")
+        for noise in (-10.0, -1000.0)
+    ]
     assert losses[1] < -990 < losses[0]
 
 
@@ -122,7 +130,9 @@ def test_strided_inputs_and_same_bits(impl: str) -> None:
 def test_gradcheck(form: str) -> None:
     context, table, candidates = inputs(4, 5, 3, 3)
     parts = context.requires_grad_(), table.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *parts: candidate_loss(*parts, candidates, form=form, impl="reference"), parts)
+    assert torch.autograd.gradcheck(
+        lambda *parts: candidate_loss(*parts, candidates, form=form, impl="reference"), parts
+    )
 
 
 def test_a_row_that_does_not_exist_makes_the_loss_nan() -> None:
@@ -174,7 +184,11 @@ def test_compiles_as_one_graph(impl: str) -> None:
     ],
 )
 def test_bad_input(change: dict, message: str) -> None:
-    good = {"context": torch.zeros(5, 3), "table": torch.zeros(4, 3), "candidates": torch.zeros(5, 2, dtype=torch.int64)}
+    good = {
+        "context": torch.zeros(5, 3),
+        "table": torch.zeros(4, 3),
+        "candidates": torch.zeros(5, 2, dtype=torch.int64),
+    }
     with pytest.raises(ValueError, match=message):
         candidate_loss(**(good | change))
 

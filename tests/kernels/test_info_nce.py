@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import subprocess
@@ -28,14 +29,20 @@ def exact(x: torch.Tensor) -> torch.dtype:
 
 def eager(x, y, scale, valid=None, smoothing=0.0):
     """The loss as models write it, in the dtype of the inputs: a transcription, independent of the package."""
-    x, y, logit_scale = x.clone().requires_grad_(), y.clone().requires_grad_(), torch.tensor(scale, dtype=exact(x), requires_grad=True)
+    x, y, logit_scale = (
+        x.clone().requires_grad_(),
+        y.clone().requires_grad_(),
+        torch.tensor(scale, dtype=exact(x), requires_grad=True),
+    )
     total = 0.0
     for i in range(len(x)):
         keep = slice(None) if valid is None else valid[i]
         logits = logit_scale.to(x.dtype) * (x[i][keep] @ y[i][keep].T)
         target = torch.arange(len(logits))
         if len(logits):
-            total = total + sum(F.cross_entropy(each, target, label_smoothing=smoothing) for each in (logits, logits.T)) / 2
+            total = (
+                total + sum(F.cross_entropy(each, target, label_smoothing=smoothing) for each in (logits, logits.T)) / 2
+            )
     loss = total / len(x)
     (3 * loss).backward()
     return [loss.detach(), x.grad, y.grad, logit_scale.grad]
@@ -70,6 +77,19 @@ def test_many_tiles(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(x.to(dtype), y.to(dtype), 20.0, valid=valid, label_smoothing=0.1, impl=impl)
     for got, want in zip(found, expected, strict=True):
         assert apart(got, want) <= (1e-11 if dtype == torch.float64 else 5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_many_bands(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = importlib.import_module("emoscale.kernels.info_nce.triton")
+    assert triton.band_rows(1, 32768, 32768, 2) == 1024
+    assert triton.band_rows(3, 640, 640, 2) == 640
+    monkeypatch.setattr(triton, "band_rows", lambda p, b, g, itemsize: 20)
+    x, y = (part.to(dtype) for part in pairs(2, 50, 9))
+    expected = eager(x.double(), y.double(), 14.0, missing(2, 50), 0.1)
+    found = run(x, y, 14.0, valid=missing(2, 50), label_smoothing=0.1, impl="triton")
+    for got, want in zip(found, expected, strict=True):
+        assert apart(got, want) <= (5e-6 if dtype == torch.float32 else 1e-3)
 
 
 @pytest.mark.parametrize("impl", ["blockwise", "triton"])
@@ -300,7 +320,11 @@ def test_on_a_gpu(b: int, scale: float) -> None:
 
 
 def run_on(x, y, scale, valid, impl):
-    x, y, logit_scale = x.clone().requires_grad_(), y.clone().requires_grad_(), torch.tensor(scale, device=x.device, requires_grad=True)
+    x, y, logit_scale = (
+        x.clone().requires_grad_(),
+        y.clone().requires_grad_(),
+        torch.tensor(scale, device=x.device, requires_grad=True),
+    )
     loss = info_nce(x, y, logit_scale, valid=valid, impl=impl)
     loss.backward()
     return [loss.detach(), x.grad, y.grad, logit_scale.grad]

@@ -35,7 +35,14 @@ class Inputs:
 
 
 def build(
-    b: int, k: int, d: int, *, form: str = "softmax", dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+    b: int,
+    k: int,
+    d: int,
+    *,
+    form: str = "softmax",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> Inputs:
     """Draw a batch; the noise is uniform over the table."""
     random = torch.Generator().manual_seed(seed)

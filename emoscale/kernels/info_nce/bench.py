@@ -43,7 +43,14 @@ class Inputs:
 
 
 def build(
-    p: int, b: int, d: int, *, scale: float = 14.3, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+    p: int,
+    b: int,
+    d: int,
+    *,
+    scale: float = 14.3,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> Inputs:
     """Draw a batch."""
     random = torch.Generator().manual_seed(seed)

@@ -177,10 +177,14 @@ def _shares(tile: Tile, sums: list[Tensor], valid: tuple[Tensor, Tensor], tame: 
     """Overwrite a tile's logits with the mean of both softmaxes; finite, but meaningless, where not valid."""
     logits, (rows, cols) = tile.logits, valid
     row_top, row_total, col_top, col_total = sums
-    row_total, col_total = (torch.where(real > 0, 2 * total, float("inf")) for real, total in zip(valid, sums[1::2], strict=True))
+    row_total, col_total = (
+        torch.where(real > 0, 2 * total, float("inf")) for real, total in zip(valid, sums[1::2], strict=True)
+    )
     row_top, col_top = (torch.where(real > 0, top, float("inf")) for real, top in zip(valid, sums[::2], strict=True))
     base = logits.new_zeros(()) if tame else logits.amax()
-    lift = torch.stack([(base - top - total.log()).max() for top, total in ((row_top, row_total), (col_top, col_total))])
+    lift = torch.stack(
+        [(base - top - total.log()).max() for top, total in ((row_top, row_total), (col_top, col_total))]
+    )
     if tame or not (lift > REACH).any():
         logits = logits.exp_() if tame else logits.sub_(base).exp_()
         a, b = ((base - top).exp_() / total for top, total in ((row_top, row_total), (col_top, col_total)))

@@ -22,8 +22,8 @@ def info_nce(
     if shards is not None:
         x, y = (_attached(part, valid, shards) for part in (x, y))
         valid = shards.valid(x, valid)
-    valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
-    terms = [_pair(*pair, logit_scale.to(wide), smoothing) for pair in zip(x, y, valid, strict=True)]
+    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
+    terms = [_pair(x[i], y[i], real[i], logit_scale.to(wide), smoothing) for i in range(len(x))]
     return torch.stack(terms).mean()
 
 

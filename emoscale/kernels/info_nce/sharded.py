@@ -64,11 +64,13 @@ class InfoNCE(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Give the gradients whose mean over ranks is the whole batch's: this rank's share times the number of ranks."""
         x, columns, logit_scale, *sums, rows, valid, count = ctx.saved_tensors
         shards, size = ctx.shards, 1 if ctx.shards is None else ctx.shards.size
-        weight, shift = (each.to(sums[0].dtype) for each in (upstream * size / (count * x.shape[0]), ctx.smoothing / count))
+        weight, shift = (
+            each.to(sums[0].dtype) for each in (upstream * size / (count * x.shape[0]), ctx.smoothing / count)
+        )
         with torch.autocast(x.device.type, enabled=False):
             dx, dy, dscale = gradients(
                 x, columns, logit_scale, sums, shift, weight, rows, valid, ctx.offset, 1 - ctx.smoothing, ctx.form

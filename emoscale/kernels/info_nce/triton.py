@@ -39,7 +39,9 @@ def _place(program, b, g, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexp
 
 
 @triton.jit
-def _products(x, y, rows, cols, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr):
+def _products(
+    x, y, rows, cols, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr
+):
     """Give ⟨x_row, y_col⟩ [BM, BN] in float32."""
     k = tl.arange(0, BK)
     x_at = x + rows.to(tl.int64)[:, None] * D + k[None, :]
@@ -165,7 +167,10 @@ def info_nce_band_kernel(
     # A total is at least 1/2 (its top is rounded up), so the tops alone bound the factors.
     far = tl.maximum(tl.max(top - over_row, axis=0), tl.max(top - over_col, axis=0))
     if far > REACH:
-        grad = tl.exp2(logits - over_row[:, None]) * per_row[:, None] + tl.exp2(logits - over_col[None, :]) * per_col[None, :]
+        grad = (
+            tl.exp2(logits - over_row[:, None]) * per_row[:, None]
+            + tl.exp2(logits - over_col[None, :]) * per_col[None, :]
+        )
     else:
         a, c = tl.exp2(top - over_row) * per_row, tl.exp2(top - over_col) * per_col
         grad = tl.exp2(logits - top) * (a[:, None] + c[None, :])
@@ -178,7 +183,7 @@ def info_nce_band_kernel(
 
 
 def _tile(b: int, g: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], int, int]:
-    """Give the tile, warps and stages for a shape; from compiled resources, not from timings."""
+    """Give the tile, warps and stages for a shape; chosen from compiled resources, not from timings."""
     if launch.interpreted():
         return {"BM": 32, "BN": 64, "BK": 32, "GROUP": 2}, 4, 2
     if dtype == torch.float32:  # without tensor cores: exact products
@@ -186,7 +191,7 @@ def _tile(b: int, g: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], i
     wide = 64 if d >= 64 else 32
     if b * g <= 2048 * 2048:  # 132 SMs want more tiles than 128 × 128 gives at the paper's 640 utterances
         return {"BM": 64, "BN": 128, "BK": wide, "GROUP": 8}, 4, 3
-    # Both passes keep the logits for a second exponential that is rarely taken: at 128 × 256 they spill.
+    # At 128 × 256 both kernels spill: they keep the logits for a second exponential that is rarely taken.
     return {"BM": 128, "BN": 128, "BK": wide, "GROUP": 8}, 8, 3
 
 
@@ -314,5 +319,15 @@ def variants() -> list[Variant]:
             found.append(Variant(f"info_nce_{stem}_{name}", kernel, signature, constants, warps, stages, aligned))
     signature = dict.fromkeys(("tops", "totals", "top_out", "total_out"), "*fp32") | {"tiles": "i32", "n": "i32"}
     constants = {"BLOCK": 128, "CHUNK": 16}
-    found.append(Variant("info_nce_merge", info_nce_merge_kernel, signature, constants, 4, 2, ("tops", "totals", "top_out", "total_out", "n")))
+    found.append(
+        Variant(
+            "info_nce_merge",
+            info_nce_merge_kernel,
+            signature,
+            constants,
+            4,
+            2,
+            ("tops", "totals", "top_out", "total_out", "n"),
+        )
+    )
     return found
