@@ -68,6 +68,7 @@ demo-tables: $(VENV)/.installed
 	$(TABLE)/no-visual objectives.masked_visual.mix=0 objectives.visual_emotion.mix=0 objectives.utterance_emotion.mix=0
 	$(TABLE)/no-acoustic objectives.masked_acoustic.mix=0
 	$(TABLE)/no-span objectives.masked_acoustic.span=1 objectives.masked_visual.span=1 objectives.masked_text.whole_word=false
+	$(TABLE)/words objectives.masked_acoustic.mix=0 objectives.masked_visual.mix=0 objectives.visual_emotion.mix=0 objectives.utterance_emotion.mix=0
 	$(TABLE)/half data.fraction=0.5
 	$(TABLE)/quarter data.fraction=0.25
 	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/demo-tables.yaml)
