@@ -25,7 +25,7 @@ from torch import Tensor
 
 OPS = ("span_mask", "info_nce", "candidate_loss", "max_mean_pool", "masked_regression", "masked_kl")
 WARM_UP, SLOW_S = 2, 0.5
-"""Runs of a function before each timed one, and the seconds above which its last timed run has to do for them."""
+"""Runs of a function before each timed one, and the seconds above which one run, or the last timed one, has to do for them."""
 FLUSH_BYTES = 1 << 28
 """Written between timed runs on a GPU, so that no input is found in its cache."""
 COPY_BYTES, GEMM = {"cpu": 1 << 28, "cuda": 1 << 31}, {"cpu": 2048, "cuda": 8192}
@@ -186,9 +186,10 @@ def _interleaved(run: dict[str, Callable[[], Any]], device: str, rounds: int) ->
     taken: dict[str, list[float]] = {name: [] for name in run}
     for _ in range(rounds):
         for name, step in run.items():
-            if not taken[name] or taken[name][-1] < SLOW_S:
-                for _ in range(WARM_UP):
-                    step()
+            warm, start = 0, time.perf_counter()
+            while warm < WARM_UP and (not taken[name] or taken[name][-1] < SLOW_S) and (not warm or time.perf_counter() - start < SLOW_S):
+                step()
+                warm += 1
             taken[name].append(_timed(step, flush))
     return taken
 
