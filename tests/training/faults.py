@@ -86,6 +86,8 @@ def restored(path: str) -> None:
 class Skipping(nn.Module):
     """A task that leaves its head out on the last rank, or on all."""
 
+    over_all_ranks = False
+
     def __init__(self, task: Task, everywhere: bool) -> None:
         super().__init__()
         self.task, self.everywhere = task, everywhere
