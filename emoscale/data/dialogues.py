@@ -98,17 +98,19 @@ class Windows:
             utterance comes to stand at every place.
         same_speaker: only targets whose speaker is that of the utterance two before, as TCMP's §3.1 has it; unknown speakers
             count as the same.
+        shuffle: deal the utterances over all places of all dialogues by this seed: what a control learns from. None: as spoken.
 
     Raises:
         DataError: no dialogue has three utterances.
     """
 
-    def __init__(self, corpus: Sequence[Utterance] | Any, length: int = 11, stride: int = 5, *, same_speaker: bool = True) -> None:
+    def __init__(self, corpus: Sequence[Utterance] | Any, length: int = 11, stride: int = 5, *, same_speaker: bool = True, shuffle: int | None = None) -> None:
         self.length, self.stride, self.same_speaker = length, stride, same_speaker
         items = (corpus[number] for number in range(len(corpus)))
         self.known = [Spoken(item.dialogue or item.id, item.id.rpartition("#")[0], item.speaker) for item in items]
         numbered = groupby(enumerate(self.known), key=lambda pair: pair[1].dialogue)
-        dialogues = [[number for number, _ in members] for _, members in numbered]
+        places = np.arange(len(self.known)) if shuffle is None else np.random.default_rng(shuffle & SEED).permutation(len(self.known))
+        dialogues = [[int(places[number]) for number, _ in members] for _, members in numbered]
         # A shift of up to stride − 1 must leave every window a source, a response and a target.
         self._windows = [
             (members, start) for members in dialogues if len(members) > NEARBY for start in range(0, max(1, len(members) - NEARBY), stride)
@@ -164,7 +166,7 @@ def pack_windows(windows: Sequence[Sequence[Encoded]], asked: Sequence[Sequence[
     """
     flat = [item for window in windows for item in window]
     alone = [item for items in noise for item in items]
-    places, valid = _laid_out([len(window) for window in windows])
+    places, valid = laid_out([len(window) for window in windows])
     queries = [(window, place) for window, own in enumerate(asked) for place in own]
     table = np.array(queries, np.int64).reshape(-1, 2)
     rows = places[table[:, 0], table[:, 1]]
@@ -174,7 +176,7 @@ def pack_windows(windows: Sequence[Sequence[Encoded]], asked: Sequence[Sequence[
     items = [*flat, *alone]
     return DialogueBatch(
         ids=[flat[row].sizes.id for row in rows],
-        sequences=pack([*(item.without("visual").without("acoustic") for item in items), *(_voice(item) for item in items)]),
+        sequences=pack([*(item.without("visual").without("acoustic") for item in items), *(voice_alone(item) for item in items)]),
         places=torch.from_numpy(places),
         valid=torch.from_numpy(valid),
         windows=torch.from_numpy(table[:, 0].copy()),
@@ -195,13 +197,14 @@ def _targets(items: Sequence[Encoded], inside: int, rows: np.ndarray, candidates
     return found | {"consistency": Targets(torch.from_numpy(both), torch.from_numpy(both))}
 
 
-def _voice(item: Encoded) -> Encoded:
+def voice_alone(item: Encoded) -> Encoded:
     """Give an utterance's voice alone, without even [CLS] and [SEP]."""
     tokens = replace(item.tokens, ids=item.tokens.ids[:0], words=item.tokens.words[:0])
     return replace(item.without("text").without("visual"), tokens=tokens)
 
 
-def _laid_out(lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def laid_out(lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Number utterances that follow one another: int64 [n, l], and bool [n, l] for the places that hold one."""
     counts = np.array(lengths, np.int64)
     column = np.arange(counts.max())
     valid = column < counts[:, None]
@@ -217,15 +220,16 @@ class DialogueSteps(Steps):
         windows: of the corpus.
         candidates: utterances each target is searched among, itself included; 1 draws no noise.
         seed: of the noise.
+        withhold: share of each utterance's word pieces and voice frames that is left out.
         whole: an objective looks at all targets of the global batch, which must then be one micro-batch per rank.
     """
 
     def __init__(
-        self, corpus: Utterances, order: Order | Mixture, encoder: Encoder, windows: Windows, *, candidates: int, seed: int, whole: bool = False, global_batch: int,
+        self, corpus: Utterances, order: Order | Mixture, encoder: Encoder, windows: Windows, *, candidates: int, seed: int, whole: bool = False, withhold: float = 0.0, global_batch: int,
         max_tokens: int, rank: int, world: int,
     ) -> None:
         super().__init__(corpus, order, encoder, None, global_batch=global_batch, max_tokens=max_tokens, rank=rank, world=world)
-        self.windows, self.candidates, self.seed, self.whole = windows, candidates, seed, whole
+        self.windows, self.candidates, self.seed, self.whole, self.withhold = windows, candidates, seed, whole, withhold
 
     def __getitem__(self, step: int) -> StepData:
         taken: list[tuple[list[Encoded], list[int], list[Encoded]]] = []
@@ -250,7 +254,15 @@ class DialogueSteps(Steps):
             skipped.append(utterance.id)
             item = self.encoder(Utterance(id=utterance.id, text=utterance.text), turn)
         assert item is not None  # a text alone has no features
-        return item
+        return self._thinned(item, number, turn) if self.withhold else item
+
+    def _thinned(self, item: Encoded, number: int, turn: int) -> Encoded:
+        """Leave out word pieces and voice frames, others in every pass; [CLS] and [SEP] stay."""
+        draws = np.random.default_rng([self.seed & SEED, turn, number]).random(len(item.tokens.ids) + len(item.acoustic)) >= self.withhold
+        words, frames = draws[: len(item.tokens.ids)], draws[len(item.tokens.ids) :]
+        words[[0, -1]] = True
+        tokens = replace(item.tokens, ids=item.tokens.ids[words], words=item.tokens.words[words])
+        return replace(item, tokens=tokens, acoustic=item.acoustic[frames])
 
     def _nothing_to_say(self) -> Encoded:
         item = self.encoder(Utterance(id=""))

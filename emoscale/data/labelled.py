@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from emoscale.batch import MODALITIES, Utterance
+from emoscale.batch import MODALITIES, Batch, Utterance
 from emoscale.config import ConfigError, DataError, differences
-from emoscale.data.collate import Encoded, Encoder
+from emoscale.data.collate import Encoded, Encoder, pack, split
+from emoscale.data.dialogues import DialogueBatch
+from emoscale.data.loader import Steps
 from emoscale.data.streams import Utterances
 from emoscale.data.tokens import Features, TextEncoder
 
@@ -36,6 +39,8 @@ class LabelledSet:
     """Speakers who share a group stay in one fold; empty where the table names none."""
     sessions: list[str]
     splits: list[str]
+    before: dict[str, list[Utterance]] = field(default_factory=dict)
+    """Where utterances are forecast: id → those before it in its dialogue, the oldest first."""
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -96,6 +101,22 @@ class LabelEncoder(Encoder):
         if utterance.id not in self._known:
             self._known[utterance.id] = self._encode(utterance)
         return self._known[utterance.id]
+
+    def batches(self, part: Part, max_tokens: int) -> Iterator[Batch | DialogueBatch]:
+        """Pack every utterance of a part once, in any order.
+
+        Raises:
+            DataError: some have features that are not finite (named).
+        """
+        items = [self(part[row]) for row in range(len(part))]
+        unusable = [part[row].id for row, item in enumerate(items) if item is None]
+        if unusable:
+            raise DataError(f"{len(unusable)} utterances have features that are not finite, and cannot be scored: {', '.join(unusable[:5])}")
+        return map(pack, split([item for item in items if item is not None], max_tokens))
+
+    def steps(self, part: Part, **given: Any) -> Steps:
+        """Give the training sequence over a part; the rest is said as to `Steps`."""
+        return Steps(part, encoder=self, plan=None, **given)
 
     def _encode(self, utterance: Utterance) -> Encoded | None:
         kept = Utterance(id=utterance.id, text=utterance.text if "text" in self.modalities else "")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from emoscale.heads.base import Head
 from emoscale.heads.classify import Classify
+from emoscale.heads.forecast import Forecast
 from emoscale.heads.prompt import Prompt
+from emoscale.heads.recurrent import Recurrent
 
 HEADS: dict[str, type[Head]] = {
     "classify": Classify,
     "prompt": Prompt,
+    "forecast": Forecast,
+    "recurrent": Recurrent,
 }
 
 __all__ = ["HEADS", "Head"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from emoscale.batch import Batch, Targets
@@ -27,7 +27,9 @@ class Head(Task):
     """
 
     target: ClassVar[str]
-    """Which targets of a labelled batch it reads: `classify` (the [CLS] rows) or `prompt` (the template's [MASK])."""
+    """Which targets of a labelled batch it reads: `classify` (the [CLS] rows), `prompt` (the template's [MASK]) or `forecast`."""
+    of_dialogues: ClassVar[bool] = False
+    """Whether it reads dialogues, whose targets are hidden, and not the utterances themselves."""
 
     words: Tensor
     class_weights: Tensor
@@ -43,6 +45,9 @@ class Head(Task):
         super().__init__()
         self.register_buffer("words", words)
         self.register_buffer("class_weights", words.new_ones(len(words)).float())
+
+    def settle(self, backbone: nn.Module) -> None:
+        """Freeze what this head never reads of the backbone, before training: nothing by default."""
 
     @abstractmethod
     def logits(self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer) -> Float[Tensor, "b c"]:

@@ -16,7 +16,7 @@ MODALITIES = ("text", "acoustic", "fused")
 NEARBY = 2
 """Source and response: the utterances just before a target."""
 Scale = Literal["width", "none"]
-Context = Literal["attended+nearby", "attended"]
+Context = Literal["mean+attended+nearby", "attended+nearby", "attended"]
 
 
 @dataclass
@@ -53,7 +53,7 @@ class DialogueEncoder(nn.Module):
         self.recurrent = nn.ModuleDict({name: nn.GRU(width, width, batch_first=True) for name in MODALITIES})
         self.distant = nn.ModuleDict({name: nn.GRU(width, width, batch_first=True) for name in MODALITIES})
         self.query = nn.ModuleDict({name: nn.Linear(2 * width, width) for name in MODALITIES})
-        joins = {name: nn.Linear(2 * width, width) for name in MODALITIES} if context == "attended+nearby" else {}
+        joins = {name: nn.Linear(2 * width, width) for name in MODALITIES} if context != "attended" else {}
         self.join = nn.ModuleDict(joins)
 
     def forward(
@@ -93,7 +93,14 @@ class DialogueEncoder(nn.Module):
         # Where nothing is distant there is nothing to weigh: the softmax of an empty row would be NaN.
         weights = torch.where(distant, scores, -torch.inf).masked_fill(~distant.any(1, keepdim=True), 0.0).softmax(-1) * distant
         attended = torch.einsum("ql,qld->qd", weights, clues[windows])  # eq. 10
-        return self.join[name](torch.cat([attended, query], dim=-1)) if self.context == "attended+nearby" else attended
+        if self.context == "attended":
+            return attended
+        joined = self.join[name](torch.cat([attended, query], dim=-1))
+        return joined + self._mean(laid_out, windows, targets) if self.context == "mean+attended+nearby" else joined
+
+    @staticmethod
+    def _mean(laid_out: Float[Tensor, "n l d"], windows: Int[Tensor, " q"], targets: Int[Tensor, " q"]) -> Float[Tensor, "q d"]:
+        return laid_out.cumsum(1)[windows, targets - 1] / targets[:, None]
 
 
 class DialogueModel(nn.Module):

@@ -15,6 +15,7 @@ from omegaconf import MISSING
 
 from emoscale import distributed
 from emoscale.config import ConfigError, DataError, EmoscaleError, from_mapping, to_dict, to_yaml
+from emoscale.data.forecast import forecasts
 from emoscale.data.labelled import LabelledSet, check_modalities, default_key, labelled_set, read_labels
 from emoscale.data.streams import Corpus
 from emoscale.data.tokens import class_words, load_tokenizer
@@ -93,6 +94,10 @@ class FinetuneConfig(ArmConfig):
     """How test, validation and training speakers are divided."""
     folds: int = 5
     """Folds of `speaker_folds`."""
+    shared_speakers: bool = False
+    """Let the parts of `official` share speakers, as MELD's do."""
+    same_speaker: bool = True
+    """Of forecasts: only of utterances whose speaker is that of the utterance two before."""
     run_folds: list[int] = field(default_factory=list)
     """Folds that are run, from 0; empty = all."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
@@ -227,6 +232,10 @@ def _prepare(config: FinetuneConfig) -> tuple[dict[str, Arm], LabelledSet, list[
     corpus = Corpus(config.corpus)
     key = config.label_key or default_key(config.labels)
     data = labelled_set(corpus, read_labels(config.labels, corpus, key), key=key, classes=config.classes, only=config.only)
+    sections = config.arms or {"finetune": {}}
+    base = {name: getattr(config, name) for name in ("init", "head", "mode", "modalities", "fraction", "text_init")}
+    read = {name: from_mapping(ArmConfig, base | (section or {}), f"arms.{name}") for name, section in sections.items()}
+    data = _asked(config, read, data, corpus)
     folds = _folds(config, data)
     unknown = [number for number in config.run_folds if not 0 <= number < len(folds)]
     if unknown:
@@ -236,9 +245,6 @@ def _prepare(config: FinetuneConfig) -> tuple[dict[str, Arm], LabelledSet, list[
         if len(np.unique(data.labels[fold.train])) < 2:
             alike = data.classes[data.labels[fold.train[0]]]
             raise DataError(f"fold {fold.name}: all {len(fold.train)} training rows are {alike!r} ({data.ids[fold.train[0]]}, …); take other folds")
-    base = {name: getattr(config, name) for name in ("init", "head", "mode", "modalities", "fraction", "text_init")}
-    sections = config.arms or {"finetune": {}}
-    read = {name: from_mapping(ArmConfig, base | (section or {}), f"arms.{name}") for name, section in sections.items()}
     for pair in config.compare:
         if len(pair) != 2 or not set(pair) <= set(read):
             raise ConfigError(f"compare: {pair} is not a pair of arms; there are {', '.join(read)}")
@@ -249,6 +255,16 @@ def _prepare(config: FinetuneConfig) -> tuple[dict[str, Arm], LabelledSet, list[
         for source in dict.fromkeys(arm.inits.values()):
             start_of(arm, _recipe(config), data, source)
     return arms, data, folds
+
+
+def _asked(config: FinetuneConfig, arms: dict[str, ArmConfig], data: LabelledSet, corpus: Corpus) -> LabelledSet:
+    """Give what the arms answer: every labelled utterance, or those that can be forecast."""
+    hidden = {name for name, arm in arms.items() if HEADS[arm.head["name"]].of_dialogues}
+    if hidden and len(hidden) < len(arms):
+        raise ConfigError(f"arms: {', '.join(sorted(hidden))} forecast, the others see the utterance itself; compare them in two runs")
+    if hidden and config.save_models != "none":
+        raise ConfigError("save_models: model folders of forecasts cannot be served yet; take save_models=none")
+    return forecasts(data, corpus, same_speaker=config.same_speaker) if hidden else data
 
 
 def _check_reported(config: FinetuneConfig) -> None:
@@ -277,4 +293,4 @@ def _arm(config: FinetuneConfig, arm: ArmConfig, data: LabelledSet, folds: list[
 def _folds(config: FinetuneConfig, data: LabelledSet) -> list[Fold]:
     if config.protocol == "speaker_folds":
         return speaker_folds(data.speakers, data.groups if any(data.groups) else None, config.folds, 0, ids=data.ids)
-    return make_folds(config.protocol, data.speakers, sessions=data.sessions, splits=data.splits, folds=config.folds, ids=data.ids)
+    return make_folds(config.protocol, data.speakers, sessions=data.sessions, splits=data.splits, shared_speakers=config.shared_speakers, folds=config.folds, ids=data.ids)

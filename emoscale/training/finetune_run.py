@@ -15,9 +15,8 @@ from torch import Tensor
 
 from emoscale import distributed
 from emoscale.config import ConfigError, DataError
-from emoscale.data.collate import pack, split
+from emoscale.data.forecast import ContextEncoder
 from emoscale.data.labelled import LabelEncoder, LabelledSet, Part, check_encoders
-from emoscale.data.loader import Steps
 from emoscale.data.order import Order
 from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
 from emoscale.evaluation.metrics import confusion_matrix
@@ -26,7 +25,8 @@ from emoscale.evaluation.protocols import Fold
 from emoscale.heads import Head
 from emoscale.heads.prompt import Prompt
 from emoscale.models.config import ModelConfig
-from emoscale.models.task import Sizes, TaskModel, encode
+from emoscale.models.dialogue import DialogueEncoder, DialogueModel
+from emoscale.models.task import Sizes, TaskModel, in_context
 from emoscale.models.unified import UnifiedTransformer
 from emoscale.training import checkpoint
 from emoscale.training.build import backbone_shape
@@ -136,8 +136,8 @@ def first_loss_is_finite(arm: Arm, recipe: Recipe, data: LabelledSet, rows: np.n
     """Run one step of an arm on its first rows, without a GPU; say whether loss and gradients are finite."""
     encoder, shape = start_of(arm, recipe, data, source)
     model = _build(arm, shape, data, rows, seed, source)
-    items = [item for item in (encoder(data[int(row)]) for row in rows[:count]) if item is not None]
-    loss, _ = model(pack(items), {arm.head.target: 1.0})
+    batch: Any = next(iter(encoder.batches(Part(data, rows[:count]), recipe.max_tokens)))
+    loss, _ = model(batch, {arm.head.target: 1.0})
     loss.backward()
     return all(bool(value.isfinite().all()) for value in [loss, *(p.grad for p in model.parameters() if p.grad is not None)])
 
@@ -145,17 +145,20 @@ def first_loss_is_finite(arm: Arm, recipe: Recipe, data: LabelledSet, rows: np.n
 def _build(arm: Arm, shape: dict[str, Any], data: LabelledSet, rows: np.ndarray, seed: int, source: Path | None) -> TaskModel:
     """Build backbone and head, load what they start from, and freeze what is not trained."""
     torch.manual_seed(seed)
-    backbone = UnifiedTransformer(**shape)
+    backbone: Any = UnifiedTransformer(**shape)
+    if arm.head.of_dialogues:
+        backbone = DialogueModel(backbone, DialogueEncoder(shape["width"], **_dialogue_options(source)))
     sizes = Sizes(shape["width"], shape["vocabulary"], shape["visual_width"], shape["acoustic_width"])
     head = arm.head(arm.options, sizes, torch.tensor(arm.words))
     if arm.options.class_weights:
         counts = np.bincount(data.labels[rows], minlength=len(data.classes))
         head.class_weights.copy_(torch.from_numpy(counts.sum() / np.maximum(counts, 1) / len(counts)))
-    model = TaskModel(backbone, {arm.head.target: head}, {arm.head.target: 1.0})
+    model = TaskModel(backbone, {arm.head.target: head}, {arm.head.target: 1.0}, in_context if arm.head.of_dialogues else None)
     if source is not None:
         _load(model, checkpoint.load(source).weights)
     elif arm.model.init:
-        start_from(arm.model.init, model, arm.tokenizer)
+        start_from(arm.model.init, TaskModel(backbone.utterance, {}, {}) if arm.head.of_dialogues else model, arm.tokenizer)
+    head.settle(backbone)
     if arm.mode != "full":
         backbone.requires_grad_(False)
     if arm.mode == "lora":
@@ -171,16 +174,12 @@ def answer(model: TaskModel, target: str, part: Part, encoder: LabelEncoder, max
     """
     was_training = model.training
     model.eval()
-    items = [encoder(part[i]) for i in range(len(part))]
-    unusable = [part[i].id for i, item in enumerate(items) if item is None]
-    if unusable:
-        raise DataError(f"{len(unusable)} utterances have features that are not finite, and cannot be scored: {', '.join(unusable[:5])}")
     found: dict[str, np.ndarray] = {}
     device = next(model.parameters()).device
-    for group in split([item for item in items if item is not None], max_tokens):
-        batch = pack(group).to(device)
-        task: Any = model.tasks[target]
-        logits = task.logits(encode(model.backbone, batch), batch.targets[target], batch, model.backbone)
+    task: Any = model.tasks[target]
+    for packed in encoder.batches(part, max_tokens):
+        batch: Any = packed.to(device)
+        logits = task.logits(model.read(model.backbone, batch), batch.targets[target], batch, model.backbone)
         found |= dict(zip(batch.ids, logits.float().softmax(-1).cpu().numpy(), strict=True))
     model.train(was_training)
     return np.stack([found[part[i].id] for i in range(len(part))])
@@ -209,8 +208,8 @@ def _train(
             best.score, best.step, best.stale = score, step, 0
             best.state = {key: value.detach().clone() for key, value in model.state_dict().items()}
 
-    steps = Steps(
-        Part(data, rows), Order(len(rows), seed), encoder, None, global_batch=recipe.batch, max_tokens=recipe.max_tokens, rank=world.rank, world=world.size
+    steps = encoder.steps(
+        Part(data, rows), order=Order(len(rows), seed), global_batch=recipe.batch, max_tokens=recipe.max_tokens, rank=world.rank, world=world.size
     )
     hooks = Hooks(
         lambda step: learning_rate(step, peak=optim.lr, warmup=optim.warmup, total=recipe.steps, shape=optim.schedule),
@@ -231,16 +230,24 @@ def _encoder(arm: Arm, recipe: Recipe, data: LabelledSet, source: Path | None) -
         theirs = json.loads((source / "assets" / "corpus.json").read_text())
         check_encoders(theirs, manifest, str(recipe.corpus))
         manifest = theirs
-    labels = dict(zip(data.ids, data.labels.tolist(), strict=True))
-    return LabelEncoder(
-        TextEncoder(arm.tokenizer, recipe.max_text), Features.from_manifest(manifest["visual"]), Features.from_manifest(manifest["acoustic"]),
-        labels=labels, template=arm.template, modalities=arm.modalities, remember=True, text_features=Features.of_text(manifest),
-    )
+    given: dict[str, Any] = {
+        "text": TextEncoder(arm.tokenizer, recipe.max_text), "visual": Features.from_manifest(manifest["visual"]),
+        "acoustic": Features.from_manifest(manifest["acoustic"]), "labels": dict(zip(data.ids, data.labels.tolist(), strict=True)),
+        "template": arm.template, "modalities": arm.modalities, "remember": True, "text_features": Features.of_text(manifest),
+    }
+    return ContextEncoder(data.before, arm.options.length, **given) if arm.head.of_dialogues else LabelEncoder(**given)
+
+
+def _dialogue_options(source: Path | None) -> dict[str, Any]:
+    """Give the options of the dialogue encoder that a checkpoint holds; none without one."""
+    return json.loads((source / "assets" / "model.json").read_text())["shape"].get("dialogue", {}) if source is not None else {}
 
 
 def _saved_shape(source: Path, wanted: dict[str, Any], arm: Arm) -> dict[str, Any]:
     described = json.loads((source / "assets" / "model.json").read_text())
-    shape = described["shape"]
+    shape = described["shape"].get("utterance", described["shape"])
+    if "dialogue" in described["shape"] and not arm.head.of_dialogues:
+        raise ConfigError(f"head.name: {source} has learned from dialogues; take forecast, or a checkpoint of system=memobert")
     for key in ("vocabulary", "visual_width", "acoustic_width", "text_width"):
         if shape.get(key, 0) != wanted.get(key, 0):
             raise DataError(f"{source}: {key} is {shape.get(key, 0)} in the checkpoint, {wanted.get(key, 0)} here; nothing was loaded")
@@ -252,7 +259,11 @@ def _saved_shape(source: Path, wanted: dict[str, Any], arm: Arm) -> dict[str, An
 
 
 def _load(model: TaskModel, weights: dict[str, Tensor]) -> None:
-    model.backbone.load_state_dict(_below("backbone.", weights))
+    known: Any = _below("backbone.", weights)
+    if isinstance(model.backbone, DialogueModel) and not any(name.startswith("dialogue.") for name in known):
+        model.backbone.utterance.load_state_dict(known)  # MEmoBERT's, say: it has read no dialogues
+    else:
+        model.backbone.load_state_dict(known)
     for head in model.tasks.values():
         if isinstance(head, Prompt):
             learned = [words for name in WORDS if (words := _below(f"tasks.{name}.head.", weights))]

@@ -40,6 +40,10 @@ class DialogueConfig:
     """Utterances that a target is searched among, itself included; 1 = none are drawn (for `form: global` alone)."""
     same_speaker: bool = True
     """Search only targets whose speaker is that of the utterance two before (unknown speakers count as the same)."""
+    withhold: float = 0.0
+    """Share of each utterance's word pieces and voice frames left out, others in every pass; few dialogues are known by heart otherwise."""
+    shuffle: bool = False
+    """Deal the utterances over the dialogues at random (the control: nothing follows from anything)."""
     scale: Scale = "width"
     """Of the attention to distant utterances: `none` is the released code's, which saturates."""
     context: Context = "attended+nearby"
@@ -47,6 +51,8 @@ class DialogueConfig:
 
     def validate(self) -> None:
         """Check the ranges."""
+        if not 0 <= self.withhold < 1:
+            raise ValueError(f"withhold: {self.withhold} is not in [0, 1)")
         if self.length < 3 or self.stride < 1 or self.candidates < 1:
             raise ValueError(f"length: length={self.length} (≥ 3), stride={self.stride} (≥ 1), candidates={self.candidates} (≥ 1)")
 
@@ -120,10 +126,11 @@ def read_dialogue_objectives(objectives: dict[str, Any]) -> dict[str, Any]:
 def _dialogue_steps(config: RunConfig, opened: Opened, built: Built, world: distributed.World) -> Steps:
     if len(opened.stages) > 1:
         raise ConfigError("data.corpora: one has grown, and windows are numbered by all dialogues; start a new run (run.output, model.init=the old one)")
-    windows = Windows(opened.utterances, config.dialogue.length, config.dialogue.stride, same_speaker=config.dialogue.same_speaker)
+    windows = Windows(opened.utterances, config.dialogue.length, config.dialogue.stride, same_speaker=config.dialogue.same_speaker,
+                      shuffle=config.run.seed if config.dialogue.shuffle else None)  # fmt: skip
     return DialogueSteps(
         opened.utterances, Order(len(windows), config.run.seed, config.data.block), built.encoder, windows, candidates=config.dialogue.candidates,
-        seed=config.run.seed, whole=any(task.over_all_ranks for task in built.model.tasks.values()),  # type: ignore[union-attr]  # all are tasks
+        seed=config.run.seed, withhold=config.dialogue.withhold, whole=any(task.over_all_ranks for task in built.model.tasks.values()),  # type: ignore[union-attr]  # all are tasks
         global_batch=config.data.global_batch, max_tokens=config.data.max_tokens, rank=world.rank, world=world.size,
     )
 

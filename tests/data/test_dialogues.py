@@ -168,3 +168,27 @@ def test_features_that_are_not_finite_leave_the_words(talks: Talks, encoder: Enc
     for data in found:
         for batch in data.batches:
             assert torch.isfinite(batch.sequences.acoustic).all()
+
+
+def test_words_and_frames_are_left_out_anew_in_every_pass(talks: Talks, encoder: Encoder) -> None:
+    windows = Windows(talks, 5, 3)
+    given = {"candidates": 1, "seed": 3, "global_batch": len(windows), "max_tokens": 1 << 20, "rank": 0, "world": 1}
+    thinned = lambda share: DialogueSteps(talks, Order(len(windows), 3), encoder, windows, withhold=share, **given)  # noqa: E731  # type: ignore[arg-type]
+    whole, half = thinned(0.0)[0], thinned(0.5)[0]
+    counted = lambda data: sum(batch.tokens for batch in data.batches)  # noqa: E731
+    assert 0.4 < counted(half) / counted(whole) < 0.75, "[CLS] and [SEP] stay"
+    ends = half.batches[0].sequences.cu_seqlens
+    first = half.batches[0].sequences.text[: int(ends[1])]
+    assert (first[0], first[-1]) == (encoder.text.cls, encoder.text.sep)
+    assert torch.equal(half.batches[0].sequences.text, thinned(0.5)[0].batches[0].sequences.text)
+    later = thinned(0.5)[3]  # the same windows in another order, shifted
+    assert counted(later) != counted(half)
+
+
+def test_shuffled_utterances_are_all_there_and_follow_from_nothing(talks: Talks) -> None:
+    plain, control = Windows(talks, 5, 5), Windows(talks, 5, 5, shuffle=3)
+    members = lambda windows: [windows.at(number, 0) for number in range(len(windows))]  # noqa: E731
+    assert [len(window) for window in members(plain)] == [len(window) for window in members(control)]
+    assert members(control) == members(Windows(talks, 5, 5, shuffle=3)) != members(Windows(talks, 5, 5, shuffle=4))
+    together = [len({talks[number].dialogue for number in window}) for window in members(control)]
+    assert max(together) > 1

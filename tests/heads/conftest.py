@@ -9,11 +9,15 @@ from torch import Tensor
 
 from emoscale.batch import Batch
 from emoscale.data.collate import pack
-from emoscale.data.labelled import LabelEncoder
+from emoscale.data.dialogues import DialogueBatch
+from emoscale.data.forecast import forecasts
+from emoscale.data.labelled import LabelEncoder, Part
 from emoscale.data.synthetic import Synthetic, synthetic_tokenizer
 from emoscale.data.tokens import Features, TextEncoder
 from emoscale.models.task import Sizes
 from emoscale.models.unified import UnifiedTransformer
+from tests.data.test_dialogues import Talks
+from tests.data.test_forecast import encoder_of, labelled
 
 WIDTH, CLASSES = 16, 3
 
@@ -49,6 +53,16 @@ def batch() -> Batch:
     packed = pack([item for item in (encoder(source[i]) for i in range(9)) if item is not None])
     packed.visual, packed.acoustic = packed.visual.double(), packed.acoustic.double()
     return packed
+
+
+@pytest.fixture
+def dialogue() -> DialogueBatch:
+    """All targets of four dialogues; float64."""
+    talks = Talks(Synthetic(24, visual_width=6, acoustic_width=5, expressions=0))
+    data = forecasts(labelled(talks), talks)
+    (batch,) = encoder_of(talks, data).batches(Part(data, np.arange(len(data))), 1 << 20)
+    batch.sequences.acoustic = batch.sequences.acoustic.double()
+    return batch
 
 
 def cross_entropy(logits: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:

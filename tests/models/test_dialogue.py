@@ -41,7 +41,8 @@ def transcribed(model: DialogueEncoder, text: np.ndarray, audio: np.ndarray, tar
         scores = clues @ query / (np.sqrt(WIDTH) if model.scale == "width" else 1)
         weights = np.exp(scores - scores.max()) if len(scores) else scores
         attended = (weights / weights.sum()) @ clues if len(scores) else np.zeros(WIDTH)  # eq. 10
-        found[name] = linear(f"join.{name}", np.concatenate([attended, query])) if model.context == "attended+nearby" else attended
+        found[name] = attended if model.context == "attended" else linear(f"join.{name}", np.concatenate([attended, query]))
+        found[name] = found[name] + (history.mean(0) if model.context.startswith("mean") else 0)
     return found
 
 
@@ -54,7 +55,7 @@ def laid_out() -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("scale", ["width", "none"])
-@pytest.mark.parametrize("context", ["attended+nearby", "attended"])
+@pytest.mark.parametrize("context", ["mean+attended+nearby", "attended+nearby", "attended"])
 def test_all_targets_at_once_are_each_by_itself(scale: Scale, context: Context) -> None:
     torch.manual_seed(0)
     model = DialogueEncoder(WIDTH, scale=scale, context=context).double()

@@ -36,13 +36,13 @@ def command(*words: str) -> None:
 class Runs:
     """Runs on one corpus; unbroken ones are kept for the tests that compare with them."""
 
-    def __init__(self, forks: Forks, corpus: Path, folder: Path) -> None:
-        self.forks, self.corpus, self.folder = forks, corpus, folder
+    def __init__(self, forks: Forks, corpus: Path, folder: Path, recipe: list[str] = RECIPE) -> None:
+        self.forks, self.corpus, self.folder, self.recipe = forks, corpus, folder, recipe
         self._unbroken: dict[tuple[Any, ...], Path] = {}
 
     def start(self, folder: Path, *words: str, world: int = 1, corpus: Path | None = None) -> Ranks:
         """Start `emoscale pretrain`."""
-        given = [f"data.corpora=[{corpus or self.corpus}]", f"run.output={folder}", *RECIPE, *words]
+        given = [f"data.corpora=[{corpus or self.corpus}]", f"run.output={folder}", *self.recipe, *words]
         return self.forks.start("tests.training.runs:command", "pretrain", *given, world=world)
 
     def unbroken(self, *words: str, world: int = 1) -> Path:

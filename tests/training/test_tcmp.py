@@ -1,0 +1,142 @@
+"""TCMP from end to end: real ranks, ZeRO stages and resumption in pre-training, and forecasts fine-tuned from it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from emoscale.config import ConfigError, load
+from emoscale.data.synthetic import Synthetic
+from emoscale.training.finetune import FinetuneConfig, _prepare, check
+from tests.corpora import write_corpus
+from tests.data.test_dialogues import Talks
+from tests.training.forks import Forks
+from tests.training.runs import RECIPE, STEPS, Runs, assert_same_run, rows, wait_for_step
+
+GLOBAL = "objectives={text_search: {form: global}, acoustic_search: {form: global}, fused_search: {form: global}, consistency: {form: global}}"
+TCMP = [
+    "system=tcmp", "model.size=tiny", "model.width=32", "dialogue.length=5", "dialogue.stride=3", "data.global_batch=8",
+    "data.max_tokens=20000",
+]  # fmt: skip
+SEARCH = [GLOBAL, "dialogue.candidates=1", "dialogue.context=mean+attended+nearby", "dialogue.withhold=0.2"]
+SAME = ["model.dropout=0", "optim.name=sgd", "optim.lr=0.1", "optim.clip=0"]
+LIMIT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of nine dialogues with labels in its records and two speakers each."""
+    folder = tmp_path_factory.mktemp("tcmp")
+    spoken = Talks(Synthetic(48, visual_width=6, acoustic_width=5, expressions=0), {name: 9 + i % 3 for i, name in enumerate("abcdefghi")})
+    for place, item in enumerate(spoken.items):
+        item.speaker = f"{item.dialogue[0]}{item.speaker}"
+        item.label = {"emotion": ("sad", "happy", "anger")[place % 3]}
+    return write_corpus(folder / "corpus", spoken.items, spoken.manifest)
+
+
+@pytest.fixture(scope="module")
+def runs(forks: Forks, talks: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(forks, talks, tmp_path_factory.mktemp("runs"), [word for word in RECIPE if not word.startswith("objectives.")])
+
+
+def trained(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step_{step:08d}" / "weights.safetensors")
+
+
+def moved(folder: Path) -> dict[str, torch.Tensor]:
+    """Give what the second half of the steps did to the weights: their gradients, as SGD has no memory."""
+    before = trained(folder, STEPS // 2)
+    return {name: value - before[name] for name, value in trained(folder).items()}
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Relative L2 over all values."""
+    off = sum(float((one[name].double() - value.double()).square().sum()) for name, value in other.items())
+    return (off / sum(float(value.double().square().sum()) for value in other.values())) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "stage"), [(1, 1), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (4, 1)])
+def test_ranks_and_stages_train_the_same(runs: Runs, world: int, stage: int) -> None:
+    """Searches and consistency over the global batch; SGD, so that what differs is the gradient."""
+    whole = runs.unbroken(*TCMP, *SEARCH, *SAME, "zero.stage=0")
+    parts = runs.unbroken(*TCMP, *SEARCH, *SAME, f"zero.stage={stage}", world=world)
+    for mine, wanted in zip(rows(parts), rows(whole), strict=True):
+        for key in (key for key in wanted if key.startswith("loss")):
+            assert mine[key] == pytest.approx(wanted[key], rel=LIMIT), (mine["step"], key)
+    off = distance(moved(parts), moved(whole))
+    print(f"\n{world} ranks, stage {stage}: the gradients of steps {STEPS // 2 + 1} to {STEPS} differ by {off:.1e}")
+    assert off <= LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize(("world", "words"), [(1, [*SEARCH, "zero.stage=1"]), (2, [*SEARCH, "zero.stage=2"]), (1, ["zero.stage=1", "dialogue.candidates=4"])])
+def test_a_killed_run_goes_on_bit_equal(runs: Runs, tmp_path: Path, world: int, words: list[str]) -> None:
+    folder = tmp_path / "run"
+    ranks = runs.start(folder, *TCMP, *words, world=world)
+    wait_for_step(folder, 7, ranks)
+    ranks.kill(signal.SIGKILL)
+    ranks.wait()
+    runs.start(folder, *TCMP, *words, world=world).succeed()
+    assert_same_run(folder, runs.unbroken(*TCMP, *words, world=world))
+
+
+FORECAST = [
+    "model.size=tiny", "model.width=32", "head={name: forecast, length: 5}", "modalities=[text, acoustic]", "folds=3", "run_folds=[0]", "seeds=[1]", "steps=4",
+    "eval_every=2", "batch=8", "save_models=none", "threads=1",
+]  # fmt: skip
+ARMS = 'arms={scratch: {init: ""}, tcmp: {}, near: {head: {name: forecast, length: 3}}, baseline: {init: "", head: {name: recurrent}}, frozen: {mode: frozen}}'
+
+
+def test_forecasts_are_fine_tuned_from_dialogues(runs: Runs, tmp_path: Path) -> None:
+    source = runs.unbroken(*TCMP, *SEARCH, "zero.stage=1")
+    given = [f"corpus={runs.corpus}", f"init={source}", f"output={tmp_path / 'table'}", *FORECAST, ARMS, "compare=[[tcmp, scratch]]"]
+    runs.forks.start("tests.training.runs:command", "finetune", *given).succeed()
+    results = json.loads((tmp_path / "table" / "results.json").read_text())
+    assert set(results["arms"]) == {"scratch", "tcmp", "near", "baseline", "frozen"}
+    with (tmp_path / "table" / "predictions.csv").open() as file:
+        answered: dict[str, list[str]] = {}
+        for row in csv.DictReader(file):
+            answered.setdefault(row["arm"], []).append(row["id"])
+    assert len({tuple(ids) for ids in answered.values()}) == 1, "arms answer the same targets"
+    assert all(int(name.rpartition("#")[2]) >= 2 for name in answered["tcmp"])
+
+
+def arm_of(runs: Runs, *words: str) -> Any:
+    config = load(FinetuneConfig, None, [f"corpus={runs.corpus}", "output=nowhere", *FORECAST, *words])
+    return config, _prepare(config)
+
+
+def test_a_forecast_begins_with_what_the_dialogues_taught(runs: Runs) -> None:
+    from emoscale.training.finetune import _recipe
+    from emoscale.training.finetune_run import _build, start_of
+
+    source = runs.unbroken(*TCMP, *SEARCH, "zero.stage=1")
+    config, (arms, data, folds) = arm_of(runs, f"init={source}")
+    (arm,) = arms.values()
+    checkpoint = arm.inits[1, folds[0].name]
+    model = _build(arm, start_of(arm, _recipe(config), data, checkpoint)[1], data, folds[0].train, 1, checkpoint)
+    known = {name: value for name, value in trained(source).items() if name.startswith("backbone.")}
+    state = model.state_dict()
+    assert known.keys() == {name for name in state if name.startswith("backbone.")}
+    assert all(torch.equal(state[name], value) for name, value in known.items())
+    assert model.backbone.dialogue.context == "mean+attended+nearby"
+    check(config)
+
+
+def test_what_does_not_go_together(runs: Runs) -> None:
+    source = runs.unbroken(*TCMP, *SEARCH, "zero.stage=1")
+    with pytest.raises(ConfigError, match="a forecast, the others see the utterance itself"):
+        arm_of(runs, 'arms={a: {init: ""}, b: {init: "", head: {name: classify}}}')
+    with pytest.raises(ConfigError, match="has learned from dialogues; take forecast"):
+        arm_of(runs, f"init={source}", "arms={a: {head: {name: classify}}}")
+    with pytest.raises(ConfigError, match="save_models=none"):
+        arm_of(runs, "save_models=best")
