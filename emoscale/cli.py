@@ -169,11 +169,11 @@ def export(
 
 @app.command(epilog="Example: `emoscale bench step`")
 def bench(
-    what: Annotated[str, typer.Argument(help="step, kernels, or gpu for both on a GPU.")],
+    what: Annotated[str, typer.Argument(help="step, dialogues, kernels, or gpu for step and kernels on a GPU.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
     json: Json = False,
 ) -> None:
-    """Measure a training step (packed against padded), or the kernels against their peers."""
+    """Measure a training step (packed against padded), dialogues (by window against by target), or the kernels against their peers."""
     from emoscale.training.bench import BENCHES
     from emoscale.training.bench_kernels import told
 

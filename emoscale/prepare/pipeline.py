@@ -27,7 +27,7 @@ from emoscale.prepare.parts import Part, PartStore
 from emoscale.prepare.shards import INDEX, LEDGER, MANIFEST, SCHEMA, TOKENIZER
 from emoscale.prepare.sources import Source, find
 from emoscale.prepare.teacher import TeacherConfig, teacher_sha256, train_teacher
-from emoscale.prepare.trees import TREES
+from emoscale.prepare.trees import TREES, pre_recognition
 from emoscale.prepare.vocabulary import TextConfig
 from emoscale.storage import open_storage, upload
 
@@ -42,7 +42,7 @@ class PrepareConfig:
     source: str = MISSING
     """Folder of media with subtitles, one media file, or a `.csv` / `.jsonl` manifest of utterances."""
     layout: str = ""
-    """Official folder tree that `source` is: `iemocap` or `msp_improv`; empty = a folder of media, or a manifest."""
+    """Official folder tree that `source` is: `iemocap`, `msp_improv` or `meld`; empty = a folder of media, or a manifest."""
     output: str = MISSING
     """Folder of the corpus; what is there already is kept and added to."""
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
@@ -149,6 +149,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
     store = PartStore(output)
     store.clean()
     summary = Summary(output, output / LEDGER)
+    summary.lines += pre_recognition(config.layout, sources)
     teacher = _teacher(config, output, summary)
     if config.stage == "teacher":
         return summary

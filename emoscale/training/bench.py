@@ -27,6 +27,7 @@ from emoscale.models.config import ModelConfig
 from emoscale.models.task import Sizes, TaskModel
 from emoscale.models.unified import Layer, UnifiedTransformer
 from emoscale.objectives import OBJECTIVES
+from emoscale.training.bench_dialogues import bench_dialogues
 from emoscale.training.bench_kernels import bench_kernels
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench" / "step.yaml"
@@ -105,7 +106,7 @@ def bench_gpu(overrides: list[str]) -> dict[str, Any]:
     return result | {"step": step}
 
 
-BENCHES: dict[str, Callable[[list[str]], dict[str, Any]]] = {"step": bench_step, "kernels": bench_kernels, "gpu": bench_gpu}
+BENCHES: dict[str, Callable[[list[str]], dict[str, Any]]] = {"step": bench_step, "dialogues": bench_dialogues, "kernels": bench_kernels, "gpu": bench_gpu}
 
 
 def _model(config: BenchConfig) -> TaskModel:

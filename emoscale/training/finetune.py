@@ -29,6 +29,7 @@ from emoscale.training.environment import environment, open_log
 from emoscale.training.finetune_outcomes import Outcome, Outcomes, fingerprint, folder_name
 from emoscale.training.finetune_report import summarise
 from emoscale.training.finetune_run import Arm, Recipe, first_loss_is_finite, run_arm, start_of
+from emoscale.training.overlap import heard_before
 from emoscale.training.start import find_checkpoint
 
 log = logging.getLogger("emoscale")
@@ -188,7 +189,9 @@ def finetune(config: FinetuneConfig) -> Path:
         )
         outcomes.append(outcome)
     if world.is_main and config.gather:
-        summarise(folder, outcomes, data, config)
+        scored = sorted({int(row) for fold in folds for row in fold.test})
+        heard = heard_before([source for arm in arms.values() for source in arm.inits.values() if source is not None], [data[row] for row in scored])
+        summarise(folder, outcomes, data, config, heard)
     distributed.barrier()
     return folder
 

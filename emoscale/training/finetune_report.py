@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,12 @@ if TYPE_CHECKING:
 ORACLE = "oracle (Bayes-optimal on the true cues)"
 
 
-def summarise(folder: Path, outcomes: list[Outcome], data: LabelledSet, config: FinetuneConfig) -> dict[str, Any]:
-    """Score all arms, write `results.json`, `predictions.csv` and `report.html`; give the results."""
+def summarise(folder: Path, outcomes: list[Outcome], data: LabelledSet, config: FinetuneConfig, heard: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Score all arms, write `results.json`, `predictions.csv` and `report.html`; give the results.
+
+    Args:
+        heard: what `heard_before` found.
+    """
     runs: dict[str, list[Predictions]] = {}
     for outcome in outcomes:
         runs.setdefault(outcome.arm, []).append(outcome.predictions)
@@ -40,10 +45,13 @@ def summarise(folder: Path, outcomes: list[Outcome], data: LabelledSet, config: 
         runs[ORACLE] = _oracle(config.oracle, next(iter(runs.values())), data.classes)
     scores = {name: score_runs(parts, data.classes) for name, parts in runs.items()}
     differences = {f"{a} − {b}": paired_difference(runs[a], runs[b], data.classes) for a, b in config.compare}
-    warning = None if config.selection == "validation" else "Steps were chosen on the test split, as published: these figures are upper bounds."
+    warnings = [] if config.selection == "validation" else ["Steps were chosen on the test split, as published: these figures are upper bounds."]
+    warnings += [f"{row['found']} of {row['scored']} scored utterances were pre-trained on ({', '.join(row['corpora'])})." for row in heard if row.get("found")]
+    warning = " ".join(warnings) or None
     results = {
         "classes": data.classes,
         "selection": config.selection,
+        "overlap": list(heard),
         "arms": {name: value.to_dict() for name, value in scores.items()},
         "differences": {name: {metric: vars(interval) for metric, interval in rows.items()} for name, rows in differences.items()},
         "runs": [
