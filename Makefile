@@ -2,6 +2,7 @@
 # make test         the whole test suite (PYTEST_ARGS=… goes to pytest)
 # make test-ranks   the longer tests of equality over ranks, kills and signals
 # make demo-tables  the tables of the paper: arms, ablations, shares of the labels and of the corpus
+# make demo-mrepc   TCMP on the demo corpus: searches, and pre-recognition of the next emotion
 # make demo-report  the demo table: three seeds, every arm, the control
 # make lint         format, style and types
 # make gpu-check    on a machine with a GPU: build csrc/, run the tests that need one, measure kernels and a step
@@ -34,7 +35,7 @@ endef
 
 timed = @start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(($$(date +%s) - start)) s"
 
-.PHONY: quickstart test test-ranks test-slurm test-s3 demo-report demo-tables gpu-check lint native clean
+.PHONY: quickstart test test-ranks test-slurm test-s3 demo-report demo-tables demo-mrepc gpu-check lint native clean
 .DELETE_ON_ERROR:
 
 ifeq ($(CORPUS),)
@@ -74,11 +75,25 @@ demo-tables: $(VENV)/.installed
 	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/demo-tables.yaml)
 	@echo "report: $(QUICK)/tables/report.html"
 
+TCMP = $(EMOSCALE) pretrain configs/pretrain/tcmp-demo.yaml
+demo-mrepc: $(VENV)/.installed
+	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo.yaml)
+	@for seed in 1 2 3; do \
+		$(TCMP) run.seed=$$seed run.output=$(QUICK)/tcmp/pretrain-$$seed || exit 1; \
+		$(TCMP) run.seed=$$seed run.output=$(QUICK)/tcmp/control-$$seed dialogue.shuffle=true || exit 1; \
+	done
+	$(TCMP) run.output=$(QUICK)/tcmp/intra objectives.fused_search.weight=0 objectives.consistency.weight=0
+	$(TCMP) run.output=$(QUICK)/tcmp/inter objectives.text_search.weight=0 objectives.acoustic_search.weight=0 objectives.consistency.weight=0
+	$(EMOSCALE) evaluate model=$(QUICK)/tcmp/pretrain-1 report=$(QUICK)/tcmp/searches.html \
+		'beside={intra-modal: $(QUICK)/tcmp/intra$(,) inter-modal: $(QUICK)/tcmp/inter$(,) control: $(QUICK)/tcmp/control-1}'
+	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/mrepc-demo.yaml)
+	@echo "reports: $(QUICK)/tcmp/searches.html $(QUICK)/mrepc/report.html"
+
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-ranks: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow tests/training/test_engine.py tests/training/test_run.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow tests/training/test_engine.py tests/training/test_run.py tests/training/test_tcmp.py $(PYTEST_ARGS)
 
 test-slurm: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/slurm $(PYTEST_ARGS)

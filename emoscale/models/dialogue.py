@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +56,14 @@ class DialogueEncoder(nn.Module):
         self.query = nn.ModuleDict({name: nn.Linear(2 * width, width) for name in MODALITIES})
         joins = {name: nn.Linear(2 * width, width) for name in MODALITIES} if context != "attended" else {}
         self.join = nn.ModuleDict(joins)
+
+    def keep(self, names: Collection[str]) -> None:
+        """Freeze what only serves modalities that no objective searches: it would have no part in the loss."""
+        for name in set(MODALITIES) - set(names):
+            for part in (self.recurrent, self.distant, self.query, self.join):
+                if name in part:
+                    part[name].requires_grad_(False)
+        self.fuse.requires_grad_("fused" in names)
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from emoscale.config import ConfigError, DataError
 from emoscale.data.labelled import check_encoders, default_key, labelled_set, read_labels
 from emoscale.data.streams import Corpus
+from emoscale.evaluation.heldout_page import heldout_sections
 from emoscale.evaluation.metrics import score
 from emoscale.evaluation.report import confusion_section, scores_section, write_report
 from emoscale.serving.hub import load
@@ -38,8 +39,23 @@ class EvaluateConfig:
     """Score these speakers alone, such as those of a test fold; empty = all."""
     report: str = ""
     """HTML file to write; empty = none."""
+    beside: dict[str, str] = field(default_factory=dict)
+    """Name → another pre-training run, scored too and shown in the same report."""
     draws: int = 20
     """Mask draws per utterance, where a pre-training run is scored."""
+
+
+def _pretrained(config: EvaluateConfig) -> dict[str, Any]:
+    """Score pre-training runs; give the result of `model`, with the others under `beside`."""
+    runs = {Path(config.model).name: config.model} | config.beside
+    if len(runs) <= len(config.beside):
+        raise ConfigError(f"beside: {Path(config.model).name} is the name of model itself; choose another")
+    results = {name: evaluate_objectives(Path(run), draws=config.draws) for name, run in runs.items()}
+    if config.report:
+        command = f"emoscale evaluate model={config.model}" + (f" beside={config.beside}" if config.beside else "")
+        write_report(Path(config.report), title="Held-out utterances", sections=heldout_sections(results, command=command))
+    first, *others = results
+    return results[first] | ({"beside": {name: results[name] for name in others}} if others else {})
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -52,7 +68,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         DataError: labels or encoders do not fit.
     """
     if (Path(config.model) / "checkpoints").is_dir():
-        return evaluate_objectives(Path(config.model), draws=config.draws)
+        return _pretrained(config)
     if not config.corpus:
         raise ConfigError("corpus: no value given; name the prepared corpus whose labelled utterances are scored")
     model = load(config.model)

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -166,6 +167,9 @@ class Engine:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
         """Give (weights, moments, optimizer step) by parameter name, whole: they depend on neither world nor ZeRO stage."""
         weights = {name: self.full_weight(value) for name, value in self.parameters()}
+        for name, value in self._frozen():
+            with self._whole(value):
+                weights[name] = value.detach().float().cpu().clone()
         moments = {f"{name}.{key}": self.full_moment(value, key) for name, value in self.parameters() for key in self.moments}
         return weights, moments, self._steps_taken()
 
@@ -175,9 +179,26 @@ class Engine:
             self._write(value, weights[name], None)
             for key in self.moments:
                 self._write(value, moments[f"{name}.{key}"], key)
+        for name, value in self._frozen():
+            with self._whole(value):
+                value.data.copy_(weights[name])
         for entry in self._base().state.values():
             if "step" in entry:
                 entry["step"].fill_(steps)
+
+    def _frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Give the parameters that are not trained: a model needs them all the same."""
+        for name, value in self.module.named_parameters():
+            if not value.requires_grad:
+                yield name, value
+
+    def _whole(self, value: nn.Parameter) -> AbstractContextManager[None]:
+        """Hold an untrained parameter together that ZeRO-3 has cut up (collective); what rank 0 writes to it reaches all."""
+        if self.stage != 3:
+            return nullcontext()
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        return GatheredParameters([value], modifier_rank=0)
 
     def _write(self, value: nn.Parameter, full: Tensor, key: str | None) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state

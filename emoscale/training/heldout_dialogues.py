@@ -38,7 +38,7 @@ class Held:
 
 @torch.no_grad()
 def score_search(model: TaskModel, held: Utterances, encoder: Encoder, dialogue: DialogueConfig, *, candidates: int = 11, seed: int = 0) -> dict[str, Any]:
-    """Search every target of every window among the same fixed candidates, and count how often it is found.
+    """Search every target of every window among the same fixed candidates, and count how often it is found: the searches the model was trained for.
 
     Returns:
         Per search: R_k@m of each measure with its 95 % interval (bootstrap over dialogues) and `chance`, and `queries`.
@@ -51,8 +51,9 @@ def score_search(model: TaskModel, held: Utterances, encoder: Encoder, dialogue:
         held, Order(len(windows), seed), encoder, windows, candidates=candidates, seed=seed, global_batch=WINDOWS_AT_ONCE, max_tokens=1 << 20, rank=0, world=1
     )
     device = next(model.parameters()).device
-    scores: dict[str, list[np.ndarray]] = {name: [] for name in SEARCHES}
-    owners: dict[str, list[str]] = {name: [] for name in SEARCHES}
+    searches = {name: given for name, given in SEARCHES.items() if given[0] in model.tasks}
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in searches}
+    owners: dict[str, list[str]] = {name: [] for name in searches}
     dialogues = {item.id: item.dialogue for item in (held[number] for number in range(len(held)))}
     seen: set[str] = set()
     for step in range(-(-len(windows) // WINDOWS_AT_ONCE)):
@@ -60,7 +61,7 @@ def score_search(model: TaskModel, held: Utterances, encoder: Encoder, dialogue:
             batch: Any = whole
             batch = batch.to(device)
             found = model.read(model.backbone, batch)
-            for name, (target, modality) in SEARCHES.items():
+            for name, (target, modality) in searches.items():
                 rows, values = batch.targets[target].rows, batch.targets[target].values
                 table = torch.einsum("md,mkd->mk", found.contexts[modality][rows], found.utterances[modality][values]).float().cpu().numpy()
                 for row, query in zip(table, rows.tolist(), strict=True):
@@ -69,7 +70,7 @@ def score_search(model: TaskModel, held: Utterances, encoder: Encoder, dialogue:
                         seen.add(f"{name} {batch.ids[query]}")
                         scores[name].append(row)
                         owners[name].append(dialogues[batch.ids[query]])
-    return {name: _summary(np.array(scores[name]), owners[name], seed) for name in SEARCHES if scores[name]}
+    return {name: _summary(np.array(scores[name]), owners[name], seed) for name in searches if scores[name]}
 
 
 def _summary(scores: np.ndarray, owners: list[str], seed: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from emoscale.models.dialogue import Context, DialogueEncoder, DialogueModel, Sc
 from emoscale.models.task import Task, TaskModel, in_context
 from emoscale.models.unified import UnifiedTransformer
 from emoscale.objectives import DIALOGUE_OBJECTIVES
+from emoscale.objectives.target_search import TargetSearch
 from emoscale.training.build import Built, backbone_shape, build
 from emoscale.training.corpora import Opened, expressions_of
 from emoscale.training.flops import forward_flops
@@ -101,6 +102,7 @@ def _tcmp(config: RunConfig, corpus: Utterances, encoder: Encoder) -> Built:
     backbone = DialogueModel(utterance, DialogueEncoder(shape["width"], scale=config.dialogue.scale, context=config.dialogue.context))
     configs = read_dialogue_objectives(config.objectives)
     tasks: dict[str, Task] = {name: DIALOGUE_OBJECTIVES[name](chosen) for name, chosen in configs.items()}  # type: ignore[call-arg]  # a subclass takes its config
+    backbone.dialogue.keep([task.modality for task in tasks.values() if isinstance(task, TargetSearch)])
     model = TaskModel(backbone, tasks, {name: chosen.weight for name, chosen in configs.items()}, in_context)
     return Built(model, MaskingPlan([], config.run.seed), encoder, {"utterance": shape, "dialogue": given})
 

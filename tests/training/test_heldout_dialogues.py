@@ -33,9 +33,10 @@ def encoder(synthetic: Synthetic) -> Encoder:
 class Knowing(torch.nn.Module):
     """Stands in for a model that knows the target (by its number), or nothing."""
 
-    def __init__(self, *, knows: bool) -> None:
+    def __init__(self, *, knows: bool, searches: tuple[str, ...] = ("text_search", "acoustic_search", "fused_search")) -> None:
         super().__init__()
         self.backbone = torch.nn.Linear(1, 1)
+        self.tasks = dict.fromkeys(searches)
         self.knows = knows
 
     def read(self, backbone: Any, batch: DialogueBatch) -> InContext:
@@ -60,3 +61,8 @@ def test_who_knows_finds_all_and_who_does_not_finds_none(knows: bool, synthetic:
     assert found["T2T"]["queries"] <= len(spoken)
     assert found["T2T"]["R_11@1"]["chance"] == pytest.approx(1 / 11)
     assert found["M2M"]["queries"] <= min(found["T2T"]["queries"], found["A2A"]["queries"])
+
+
+def test_only_what_was_trained_is_searched(synthetic: Synthetic, encoder: Encoder) -> None:
+    model: Any = Knowing(knows=True, searches=("acoustic_search", "consistency"))
+    assert set(score_search(model, Talks(synthetic, {"a": 13, "c": 7, "d": 5}), encoder, DIALOGUE)) == {"A2A"}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from emoscale.config import ConfigError, load
 from emoscale.data.synthetic import Synthetic
+from emoscale.serving.evaluate import EvaluateConfig, evaluate
 from emoscale.training.finetune import FinetuneConfig, _prepare, check
 from tests.corpora import write_corpus
 from tests.data.test_dialogues import Talks
@@ -26,6 +27,8 @@ TCMP = [
     "data.max_tokens=20000",
 ]  # fmt: skip
 SEARCH = [GLOBAL, "dialogue.candidates=1", "dialogue.context=mean+attended+nearby", "dialogue.withhold=0.2"]
+PART = ["objectives={text_search: {}}", "dialogue.candidates=4"]
+"""What serves voices alone is frozen, and stands in the checkpoint all the same."""
 SAME = ["model.dropout=0", "optim.name=sgd", "optim.lr=0.1", "optim.clip=0"]
 LIMIT = 1e-5
 
@@ -78,7 +81,13 @@ def test_ranks_and_stages_train_the_same(runs: Runs, world: int, stage: int) -> 
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.parametrize(("world", "words"), [(1, [*SEARCH, "zero.stage=1"]), (2, [*SEARCH, "zero.stage=2"]), (1, ["zero.stage=1", "dialogue.candidates=4"])])
+@pytest.mark.parametrize(("world", "words"), [
+    (1, [*SEARCH, "zero.stage=1"]),
+    (2, [*SEARCH, "zero.stage=2"]),
+    (1, ["zero.stage=1", "dialogue.candidates=4"]),
+    (1, [*PART, "zero.stage=1"]),
+    (2, [*PART, "zero.stage=3"]),
+])  # fmt: skip
 def test_a_killed_run_goes_on_bit_equal(runs: Runs, tmp_path: Path, world: int, words: list[str]) -> None:
     folder = tmp_path / "run"
     ranks = runs.start(folder, *TCMP, *words, world=world)
@@ -87,6 +96,24 @@ def test_a_killed_run_goes_on_bit_equal(runs: Runs, tmp_path: Path, world: int, 
     ranks.wait()
     runs.start(folder, *TCMP, *words, world=world).succeed()
     assert_same_run(folder, runs.unbroken(*TCMP, *words, world=world))
+
+
+def test_held_out_dialogues_are_searched_run_beside_run(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("h\ni\n")
+    folders = {}
+    for name, objectives in {"all": SEARCH[0], "intra": "objectives={text_search: {}, acoustic_search: {}}"}.items():
+        folders[name] = tmp_path / name
+        held = f"data.held_out={tmp_path / 'held.txt'}"
+        runs.start(folders[name], *TCMP, *SEARCH[1:], objectives, held, "dialogue.candidates=4", "dialogue.same_speaker=false", "run.steps=2").succeed()
+    report = tmp_path / "searches.html"
+    config = EvaluateConfig(model=str(folders["all"]), beside={"words and voices alone": str(folders["intra"])}, report=str(report))
+    found = evaluate(config)
+    assert set(found["search"]) == {"T2T", "A2A", "M2M"}
+    assert set(found["beside"]["words and voices alone"]["search"]) == {"T2T", "A2A"}
+    assert found["search"]["A2A"]["R_11@1"]["chance"] == 1 / 11
+    assert report.read_text().count("words and voices alone") == 2 + 1  # two rows, and the command
+    with pytest.raises(ConfigError, match="beside: all is the name of model itself"):
+        evaluate(EvaluateConfig(model=str(folders["all"]), beside={"all": str(folders["intra"])}))
 
 
 FORECAST = [
