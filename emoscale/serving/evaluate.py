@@ -10,12 +10,13 @@ from typing import Any
 from omegaconf import MISSING
 
 from emoscale.config import ConfigError, DataError
-from emoscale.data.labelled import check_encoders, default_key, labelled_set, read_labels
+from emoscale.data.forecast import forecasts
+from emoscale.data.labelled import LabelledSet, check_encoders, default_key, labelled_set, read_labels
 from emoscale.data.streams import Corpus
 from emoscale.evaluation.heldout_page import heldout_sections
 from emoscale.evaluation.metrics import score
 from emoscale.evaluation.report import confusion_section, scores_section, write_report
-from emoscale.serving.hub import load
+from emoscale.serving.hub import EmotionModel, load
 from emoscale.training.heldout import evaluate_objectives
 
 log = logging.getLogger("emoscale")
@@ -37,12 +38,26 @@ class EvaluateConfig:
     """Use utterances whose id begins with this alone."""
     speakers: list[str] = field(default_factory=list)
     """Score these speakers alone, such as those of a test fold; empty = all."""
+    same_speaker: bool = True
+    """Of a model that forecasts: score only utterances whose speaker is that of the utterance two before."""
     report: str = ""
     """HTML file to write; empty = none."""
     beside: dict[str, str] = field(default_factory=dict)
     """Name → another pre-training run, scored too and shown in the same report."""
     draws: int = 20
     """Mask draws per utterance, where a pre-training run is scored."""
+
+
+def _answers(model: EmotionModel, data: LabelledSet, rows: list[int]) -> tuple[list[tuple[int, int]], list[str]]:
+    """Give (row, class) of what the model has an answer for, and the names of the rest."""
+    if model.forecasts:
+        chances = model.forecast([data.before[data.ids[row]] for row in rows])
+        return [(row, int(each.argmax())) for row, each in zip(rows, chances, strict=True) if each is not None], []
+    answers = model.classify([data[row] for row in rows])
+    unanswered = [row["id"] for row in answers if row["emotion"] is None]
+    if unanswered:
+        log.warning("%d utterances hold nothing that the model looks at, or features that are not finite: %s", len(unanswered), ", ".join(unanswered[:20]))
+    return [(row, model.classes.index(answer["emotion"])) for row, answer in zip(rows, answers, strict=True) if answer["emotion"] is not None], unanswered
 
 
 def _pretrained(config: EvaluateConfig) -> dict[str, Any]:
@@ -80,15 +95,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_encoders(model.manifest, corpus.manifest, config.corpus)
     key = config.label_key or default_key(config.labels)
     data = labelled_set(corpus, read_labels(config.labels, corpus, key), key=key, classes=model.classes, only=config.only)
+    data = forecasts(data, corpus, same_speaker=config.same_speaker) if model.forecasts else data
     absent = sorted(set(config.speakers) - set(data.speakers))
     if absent:
         raise DataError(f"speakers: {', '.join(absent)} speak in no labelled utterance; there are {', '.join(sorted(set(data.speakers))[:20])}")
     rows = [i for i in range(len(data)) if not config.speakers or data.speakers[i] in config.speakers]
-    answers = model.classify([data[i] for i in rows])
-    unanswered = [row["id"] for row in answers if row["emotion"] is None]
-    if unanswered:
-        log.warning("%d utterances hold nothing that the model looks at, or features that are not finite: %s", len(unanswered), ", ".join(unanswered[:20]))
-    pairs = [(row, model.classes.index(answer["emotion"])) for row, answer in zip(rows, answers, strict=True) if answer["emotion"] is not None]
+    pairs, unanswered = _answers(model, data, rows)
     kept = [row for row, _ in pairs]
     scores = score(
         data.labels[kept], [answer for _, answer in pairs], model.classes, speakers=[data.speakers[i] for i in kept], ids=[data.ids[i] for i in kept]

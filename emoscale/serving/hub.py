@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from emoscale.batch import MODALITIES, Batch, Utterance
+from emoscale.batch import MODALITIES, Utterance
 from emoscale.config import ConfigError, DataError
 from emoscale.data.collate import pack, split, utterance_or_none
+from emoscale.data.dialogues import NEARBY
+from emoscale.data.forecast import ContextEncoder
 from emoscale.data.labelled import LabelEncoder
 from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
 from emoscale.heads import HEADS
-from emoscale.models.task import Sizes, encode
+from emoscale.models.dialogue import DialogueEncoder, DialogueModel
+from emoscale.models.task import Sizes, encode, in_context
 from emoscale.models.unified import UnifiedTransformer, initialise
-from emoscale.training.export import MODEL_TYPE, SCHEMA
+from emoscale.training.export import MODEL_TYPE, SCHEMA, utterance_shape
 
 if TYPE_CHECKING:
     from emoscale.prepare.extract import Extractor
@@ -56,32 +60,41 @@ class EmoscaleModel(PreTrainedModel):
 
     def __init__(self, config: EmoscaleConfig) -> None:
         super().__init__(config)
-        self.backbone = UnifiedTransformer(**config.shape)
+        shape = utterance_shape(config.shape)
+        self.backbone: Any = UnifiedTransformer(**shape)
+        if "dialogue" in config.shape:
+            self.backbone = DialogueModel(self.backbone, DialogueEncoder(shape["width"], **config.shape["dialogue"]))
         self.tasks = nn.ModuleDict()
         if config.head:
-            shape, kind = config.shape, HEADS[config.head["name"]]
+            kind = HEADS[config.head["name"]]
             sizes = Sizes(shape["width"], shape["vocabulary"], shape["visual_width"], shape["acoustic_width"])
-            self.tasks[config.head["name"]] = kind(kind.Config(**config.head["options"]), sizes, torch.tensor(config.words))
+            self.tasks[kind.target] = kind(kind.Config(**config.head["options"]), sizes, torch.tensor(config.words))
         self.post_init()
+
+    @property
+    def transformer(self) -> UnifiedTransformer:
+        """What encodes utterances."""
+        return self.backbone.utterance if "dialogue" in self.config.shape else self.backbone
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module)
 
     def forward(self, **packed: Any) -> BaseModelOutput:
         """Give the hidden state of every packed token; see `UnifiedTransformer.forward` for the tensors."""
-        return BaseModelOutput(last_hidden_state=self.backbone(**packed))  # type: ignore[arg-type]  # a Tensor is its FloatTensor
+        return BaseModelOutput(last_hidden_state=self.transformer(**packed))  # type: ignore[arg-type]  # a Tensor is its FloatTensor
 
-    def scores(self, batch: Batch) -> Tensor:
-        """Give [b, c], the scores of the fine-tuned head.
+    def scores(self, batch: Any) -> Tensor:
+        """Give [b, c], the scores of the fine-tuned head for a batch of utterances, or of dialogues whose next one it forecasts.
 
         Raises:
             ConfigError: the model has no head.
         """
         if not self.config.head:
             raise ConfigError("this is a pre-trained backbone without a head; `emoscale finetune` trains one")
-        name = self.config.head["name"]
+        name = HEADS[self.config.head["name"]].target
         task: Any = self.tasks[name]
-        return task.logits(encode(self.backbone, batch), batch.targets[name], batch, self.backbone)
+        read: Any = in_context if "dialogue" in self.config.shape else encode
+        return task.logits(read(self.backbone, batch), batch.targets[name], batch, self.backbone)
 
 
 def register() -> None:
@@ -105,7 +118,7 @@ class EmotionModel:
     def __init__(self, folder: Path, device: str = "") -> None:
         self.manifest = _read(folder / "preprocessor_config.json")
         tokenizer = load_tokenizer(str(folder / "tokenizer"), None)
-        shape = _read(folder / "config.json")["shape"]
+        shape = utterance_shape(_read(folder / "config.json")["shape"])
         if len(tokenizer) != shape["vocabulary"]:
             raise DataError(f"{folder}: the tokenizer has {len(tokenizer)} pieces, the model {shape['vocabulary']}; this is another model's tokenizer")
         for name, key in {"visual": "visual_width", "acoustic": "acoustic_width", "text_features": "text_width"}.items():
@@ -118,11 +131,14 @@ class EmotionModel:
         config = self.model.config
         self.classes: list[str] = list(config.classes)
         template = config.template if config.head.get("name") == "prompt" else ""
-        self.encoder = LabelEncoder(
-            TextEncoder(tokenizer, config.max_text), Features.from_manifest(self.manifest["visual"]),
-            Features.from_manifest(self.manifest["acoustic"]), labels={}, template=template, modalities=config.modalities or list(MODALITIES),
-            text_features=Features.of_text(self.manifest),
-        )
+        given: dict[str, Any] = {
+            "text": TextEncoder(tokenizer, config.max_text), "visual": Features.from_manifest(self.manifest["visual"]),
+            "acoustic": Features.from_manifest(self.manifest["acoustic"]), "labels": {}, "template": template,
+            "modalities": config.modalities or list(MODALITIES), "text_features": Features.of_text(self.manifest),
+        }
+        self.forecasts = bool(config.head) and HEADS[config.head["name"]].of_dialogues
+        """Whether it tells what comes next in a dialogue, and not what it is shown."""
+        self.encoder = ContextEncoder({}, config.head["options"]["length"], **given) if self.forecasts else LabelEncoder(**given)
         self._folder = folder
         self._extractor: Extractor | None = None
 
@@ -152,18 +168,58 @@ class EmotionModel:
         """Give one row per utterance: `id start_s end_s text emotion p` and the probability of each class.
 
         An utterance with nothing to judge (no word, face or voice that the model looks at) has `emotion: None`.
+
+        A model that forecasts tells each row's emotion from the utterances before it in its dialogue, of which there must be two, and
+        ends every dialogue with one row more, for what is still to come (`start_s` and `text` are None).
         """
         return self.classify(self.utterances(media))
 
     @torch.no_grad()
     def classify(self, utterances: list[Utterance]) -> list[dict[str, Any]]:
         """Judge utterances whose features are known; rows as `predict` gives, in the order of the utterances."""
+        if self.forecasts:
+            return self._forecast(utterances)
         encoded = [utterance_or_none(item, self.encoder, 0) for item in utterances]
         chances: dict[int, np.ndarray] = {}
         for group in split([item for item in encoded if item is not None], MAX_TOKENS):
             found = self.model.scores(pack(group).to(self.device)).float().softmax(-1).cpu().numpy()
             chances |= dict(zip(map(id, group), found, strict=True))  # two films may name their utterances alike
         return [self._row(item, chances.get(id(code))) for item, code in zip(utterances, encoded, strict=True)]
+
+    def _forecast(self, utterances: list[Utterance]) -> list[dict[str, Any]]:
+        dialogues: dict[str, list[int]] = {}
+        for place, item in enumerate(utterances):
+            dialogues.setdefault(item.dialogue or item.id.rpartition("#")[0], []).append(place)
+        rows: list[dict[str, Any]] = []
+        contexts = [[utterances[place] for place in places[:end]] for places in dialogues.values() for end in range(len(places) + 1)]
+        chances = iter(self.forecast(contexts))
+        for places in dialogues.values():
+            rows += [self._row(utterances[place], next(chances)) for place in places]
+            last = utterances[places[-1]]
+            rows.append(self._row(last, next(chances)) | {"id": f"{last.id}+1", "start_s": None, "end_s": None, "text": None})
+        return rows
+
+    @torch.no_grad()
+    def forecast(self, contexts: list[list[Utterance]]) -> list[np.ndarray | None]:
+        """Give per dialogue so far, the oldest utterance first, the probability of each class for the next one; None where fewer than two were heard.
+
+        Raises:
+            ConfigError: the model judges utterances.
+            DataError: features are not finite.
+        """
+        if not isinstance(self.encoder, ContextEncoder):
+            raise ConfigError(f"{self._folder}: judges utterances, and forecasts none; fine-tune one with head={{name: forecast}}")
+        # Films may name their utterances alike: one object is one utterance.
+        named = {id(item): replace(item, id=str(number)) for number, item in enumerate(item for context in contexts for item in context)}
+        self.encoder.before = {str(number): [named[id(item)] for item in context] for number, context in enumerate(contexts)}
+        asked = [name for name, context in self.encoder.before.items() if len(context) >= NEARBY]
+        batches, damaged = self.encoder.groups(asked, MAX_TOKENS)
+        if damaged:
+            raise DataError(f"{len(damaged)} utterances have features that are not finite")
+        found: dict[str, np.ndarray] = {}
+        for batch in batches:
+            found |= dict(zip(batch.ids, self.model.scores(batch.to(self.device)).float().softmax(-1).cpu().numpy(), strict=True))
+        return [found.get(str(number)) for number in range(len(contexts))]
 
     @torch.no_grad()
     def embed(self, media: list[str | Path]) -> np.ndarray:
@@ -175,7 +231,7 @@ class EmotionModel:
             for group in split([item for item in items if item is not None], MAX_TOKENS):
                 batch = pack(group).to(self.device)
                 lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).to(torch.int64)
-                hidden = encode(self.model.backbone, batch).float()
+                hidden = encode(self.model.transformer, batch).float()
                 parts.append(torch.segment_reduce(hidden, "mean", lengths=lengths, axis=0))
             if not parts:
                 raise DataError(f"{path}: holds no utterance to embed")

@@ -25,7 +25,7 @@ class Exported:
     """What `config.json` of a model folder says."""
 
     shape: dict[str, Any]
-    """Keyword arguments of `UnifiedTransformer`."""
+    """Keyword arguments of `UnifiedTransformer`; under `utterance`, with those of `DialogueEncoder` under `dialogue`, where dialogues are read."""
     head: dict[str, Any] = field(default_factory=dict)
     """Name and options of the fine-tuned head; empty = a pre-trained backbone."""
     classes: list[str] = field(default_factory=list)
@@ -35,6 +35,11 @@ class Exported:
     max_text: int = 120
     score: dict[str, Any] = field(default_factory=dict)
     """How the model did where it was chosen."""
+
+
+def utterance_shape(shape: dict[str, Any]) -> dict[str, Any]:
+    """Give the keyword arguments of the transformer that encodes utterances."""
+    return shape.get("utterance", shape)
 
 
 def write_model(folder: Path, exported: Exported, state: dict[str, Tensor], *, tokenizer: Any, corpus: Path | None, assets: Path | None) -> Path:
@@ -94,7 +99,7 @@ def export(source: str | Path, out: str | Path) -> Path:
 
 
 def _card(exported: Exported) -> str:
-    shape = exported.shape
+    shape = utterance_shape(exported.shape)
     score = exported.score
     lines = [
         "---", "library_name: transformers", "tags: [emotion-recognition, multimodal, emoscale]", "---", "",

@@ -265,8 +265,6 @@ def _asked(config: FinetuneConfig, arms: dict[str, ArmConfig], data: LabelledSet
     hidden = {name for name, arm in arms.items() if HEADS[arm.head["name"]].of_dialogues}
     if hidden and len(hidden) < len(arms):
         raise ConfigError(f"arms: {', '.join(sorted(hidden))} forecast, the others see the utterance itself; compare them in two runs")
-    if hidden and config.save_models != "none":
-        raise ConfigError("save_models: model folders of forecasts cannot be served yet; take save_models=none")
     return forecasts(data, corpus, same_speaker=config.same_speaker) if hidden else data
 
 

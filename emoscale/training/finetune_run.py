@@ -22,7 +22,7 @@ from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
 from emoscale.evaluation.metrics import confusion_matrix
 from emoscale.evaluation.predictions import Predictions
 from emoscale.evaluation.protocols import Fold
-from emoscale.heads import Head
+from emoscale.heads import HEADS, Head
 from emoscale.heads.prompt import Prompt
 from emoscale.models.config import ModelConfig
 from emoscale.models.dialogue import DialogueEncoder, DialogueModel
@@ -287,8 +287,8 @@ def _save(
     assert recipe.models is not None
     name = f"{outcome.arm}-seed{outcome.seed}-{outcome.fold}" if recipe.keep_all else outcome.arm
     exported = Exported(
-        shape=shape,
-        head={"name": arm.head.target, "options": vars(arm.options)},
+        shape={"utterance": shape, "dialogue": _dialogue_options(source)} if arm.head.of_dialogues else shape,
+        head={"name": next(name for name, head in HEADS.items() if head is arm.head), "options": vars(arm.options)},
         classes=data.classes,
         words=arm.words,
         template=arm.template,

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import emoscale
 from emoscale.config import ConfigError, load
+from emoscale.data.streams import Corpus
 from emoscale.data.synthetic import Synthetic
 from emoscale.serving.evaluate import EvaluateConfig, evaluate
 from emoscale.training.finetune import FinetuneConfig, _prepare, check
@@ -118,7 +120,7 @@ def test_held_out_dialogues_are_searched_run_beside_run(runs: Runs, tmp_path: Pa
 
 FORECAST = [
     "model.size=tiny", "model.width=32", "head={name: forecast, length: 5}", "modalities=[text, acoustic]", "folds=3", "run_folds=[0]", "seeds=[1]", "steps=4",
-    "eval_every=2", "batch=8", "save_models=none", "threads=1",
+    "eval_every=2", "batch=8", "threads=1",
 ]  # fmt: skip
 ARMS = 'arms={scratch: {init: ""}, tcmp: {}, near: {head: {name: forecast, length: 3}}, baseline: {init: "", head: {name: recurrent}}, frozen: {mode: frozen}}'
 
@@ -135,6 +137,37 @@ def test_forecasts_are_fine_tuned_from_dialogues(runs: Runs, tmp_path: Path) -> 
             answered.setdefault(row["arm"], []).append(row["id"])
     assert len({tuple(ids) for ids in answered.values()}) == 1, "arms answer the same targets"
     assert all(int(name.rpartition("#")[2]) >= 2 for name in answered["tcmp"])
+
+
+def test_a_saved_forecast_gives_the_answers_of_its_run_and_what_comes_next(runs: Runs, tmp_path: Path) -> None:
+    source = runs.unbroken(*TCMP, *SEARCH, "zero.stage=1")
+    given = [f"corpus={runs.corpus}", *FORECAST]
+    arms = [f"init={source}", "arms={tcmp: {}, baseline: {init: '', head: {name: recurrent}}}", f"output={tmp_path / 'table'}"]
+    runs.forks.start("tests.training.runs:command", "finetune", *given, *arms).succeed()
+    spoken = Corpus(runs.corpus)
+    whole = [spoken[number] for number in range(len(spoken))]
+    with (tmp_path / "table" / "predictions.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["arm"] == "tcmp"]
+    scored = evaluate(EvaluateConfig(model=str(tmp_path / "table" / "models" / "tcmp"), corpus=str(runs.corpus), speakers=sorted({row["speaker"] for row in rows})))
+    assert scored["wa"] == pytest.approx(sum(row["truth"] == row["predicted"] for row in rows) / len(rows))
+    for arm in ("tcmp", "baseline"):
+        model = emoscale.load(tmp_path / "table" / "models" / arm)
+        told = {row["id"]: row for row in model.classify(whole)}
+        assert len(told) == len(whole) + 9, "one row more for each dialogue"
+        assert told["a#0001"]["emotion"] is None
+        assert told["a#0008+1"]["p"] > 0
+        assert told["a#0008+1"]["text"] is None
+        model.classify(whole[:4])
+        again = {row["id"]: row for row in model.classify(whole[:4])}
+        assert again["a#0003+1"]["p_sad"] == pytest.approx(told["a#0004"]["p_sad"], abs=2e-4), "the next one is told from the same"
+        if arm == "tcmp":
+            for row in rows:
+                assert told[row["id"]]["p_sad"] == pytest.approx(float(row["p_sad"]), abs=2e-4)
+    seeing = ["arms={a: {init: '', head: {name: classify}}}", f"output={tmp_path / 'seeing'}"]
+    runs.forks.start("tests.training.runs:command", "finetune", *given, *seeing).succeed()
+    judge = emoscale.load(tmp_path / "seeing" / "models" / "a")
+    with pytest.raises(ConfigError, match="judges utterances, and forecasts none"):
+        judge.forecast([whole[:4]])
 
 
 def arm_of(runs: Runs, *words: str) -> Any:
@@ -165,5 +198,3 @@ def test_what_does_not_go_together(runs: Runs) -> None:
         arm_of(runs, 'arms={a: {init: ""}, b: {init: "", head: {name: classify}}}')
     with pytest.raises(ConfigError, match="has learned from dialogues; take forecast"):
         arm_of(runs, f"init={source}", "arms={a: {head: {name: classify}}}")
-    with pytest.raises(ConfigError, match="save_models=none"):
-        arm_of(runs, "save_models=best")
