@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from emoscale.batch import Batch, Targets
+from emoscale.batch import Targets
 from emoscale.models.task import Sizes, Task
-from emoscale.models.unified import UnifiedTransformer
 
 
 class Head(Task):
@@ -50,12 +49,10 @@ class Head(Task):
         """Freeze what this head never reads of the backbone, before training: nothing by default."""
 
     @abstractmethod
-    def logits(self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer) -> Float[Tensor, "b c"]:
+    def logits(self, hidden: Any, targets: Targets, batch: Any, backbone: Any) -> Float[Tensor, "b c"]:
         """Score the classes of every utterance."""
 
-    def forward(
-        self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def forward(self, hidden: Any, targets: Targets, batch: Any, backbone: Any) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """See `Task.forward`; the values are class numbers."""
         logits = self.logits(hidden, targets, batch, backbone).float()[: targets.count]
         loss = functional.cross_entropy(logits, targets.values, weight=self.class_weights.float(), reduction="sum")

@@ -42,10 +42,15 @@ class Task(nn.Module, ABC):
     """Whether the loss is the mean over the targets of all ranks, not the sum over this rank's."""
 
     @abstractmethod
-    def forward(
-        self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Give the loss summed over the targets, and sums worth plotting (each is divided by the global count of targets)."""
+    def forward(self, hidden: Any, targets: Targets, batch: Any, backbone: Any) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Give the loss summed over the targets, and sums worth plotting (each is divided by the global count of targets).
+
+        Args:
+            hidden: what the model's `read` gave: hidden states [t, d] of a `Batch`, or the `InContext` of a `DialogueBatch`.
+            targets: what is asked, of `batch.targets`.
+            batch: the micro-batch.
+            backbone: the model below the tasks.
+        """
 
 
 class TaskModel(nn.Module):
@@ -70,11 +75,11 @@ class TaskModel(nn.Module):
         self.tasks = nn.ModuleDict(tasks)
         self.weights = weights
 
-    def forward(self, batch: Batch, scales: dict[str, float]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def forward(self, batch: Any, scales: dict[str, float]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Give the micro-batch's share of the loss, and detached sums per task.
 
         Args:
-            batch: packed micro-batch.
+            batch: packed micro-batch, of utterances or of dialogues.
             scales: per task, what its summed loss is multiplied by (ranks / global count of targets), so that the mean over
                 ranks of the summed micro-batches is the global mean over targets.
         """

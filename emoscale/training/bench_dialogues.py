@@ -63,13 +63,13 @@ def bench_dialogues(overrides: list[str]) -> dict[str, Any]:
     targets = once.targets["fused_search"].count
     scales = {name: 1.0 / max(1, once.targets[name].count) for name in SEARCHES}
     with torch.no_grad():
-        losses = [float(model(batch, scales)[0]) for batch in (once, each)]  # type: ignore[arg-type]  # in_context takes a DialogueBatch
+        losses = [float(model(batch, scales)[0]) for batch in (once, each)]
     times: list[list[float]] = [[], []]
     for turn in range(config.repeats + 1):
         for batch, taken in zip((once, each), times, strict=True):
             model.zero_grad(set_to_none=True)
             start = time.perf_counter()
-            model(batch, scales)[0].backward()  # type: ignore[arg-type]
+            model(batch, scales)[0].backward()
             if turn:  # the first turn warms caches and allocators
                 taken.append(time.perf_counter() - start)
     fast, slow = (statistics.median(side) for side in times)
@@ -94,7 +94,8 @@ def _model(config: DialogueBenchConfig) -> TaskModel:
 
 def _batches(config: DialogueBenchConfig) -> tuple[DialogueBatch, DialogueBatch]:
     source = Synthetic(config.windows * (config.length + config.candidates), visual_width=1, acoustic_width=ACOUSTIC_WIDTH, expressions=0, lack=0.0)
-    encoder = Encoder(TextEncoder(synthetic_tokenizer(), 30), *(Features.from_manifest(source.manifest[name]) for name in ("visual", "acoustic")), 0)
+    visual, acoustic = (Features.from_manifest(source.manifest[name]) for name in ("visual", "acoustic"))
+    encoder = Encoder(TextEncoder(synthetic_tokenizer(), 30), visual, acoustic, 0)
     items = [item for number in range(len(source)) if (item := encoder(source[number])) is not None]
     windows = [items[i * config.length : (i + 1) * config.length] for i in range(config.windows)]
     others = items[config.windows * config.length :]
@@ -103,4 +104,4 @@ def _batches(config: DialogueBenchConfig) -> tuple[DialogueBatch, DialogueBatch]
     alone: list[tuple[Sequence[Encoded], Sequence[int], Sequence[Encoded]]] = [
         (window[: place + 1], [place], drawn) for window, drawn in zip(windows, noise, strict=True) for place in asked
     ]
-    return pack_windows(windows, [asked] * len(windows), noise), pack_windows(*zip(*alone, strict=True))  # type: ignore[arg-type]
+    return pack_windows(windows, [asked] * len(windows), noise), pack_windows(*zip(*alone, strict=True))

@@ -25,7 +25,7 @@ from emoscale.data.tokens import load_tokenizer
 from emoscale.models.task import TaskModel, encode
 from emoscale.training import checkpoint
 from emoscale.training.build import TAUGHT, Built, build
-from emoscale.training.corpora import make_encoder, open_all, open_corpora, read_held_out
+from emoscale.training.corpora import expressions_of, make_encoder, open_all, open_corpora, read_held_out
 from emoscale.training.heldout_dialogues import Held, score_search
 from emoscale.training.run import RunConfig
 from emoscale.training.systems import SYSTEMS

@@ -15,6 +15,7 @@ from emoscale.data.dialogues import DialogueSteps, Windows
 from emoscale.data.order import Order
 from emoscale.data.streams import Utterances
 from emoscale.evaluation.retrieval import MEASURES, places
+from emoscale.models.dialogue import InContext
 from emoscale.models.task import TaskModel
 from emoscale.training.systems import DialogueConfig
 
@@ -60,7 +61,7 @@ def score_search(model: TaskModel, held: Utterances, encoder: Encoder, dialogue:
         for whole in steps[step].batches:
             batch: Any = whole
             batch = batch.to(device)
-            found = model.read(model.backbone, batch)
+            found: InContext = model.read(model.backbone, batch)  # type: ignore[assignment]
             for name, (target, modality) in searches.items():
                 rows, values = batch.targets[target].rows, batch.targets[target].values
                 table = torch.einsum("md,mkd->mk", found.contexts[modality][rows], found.utterances[modality][values]).float().cpu().numpy()

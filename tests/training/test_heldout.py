@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from emoscale.models.config import ModelConfig
 from emoscale.training.build import Built, build
 from emoscale.training.heldout import _baselines, _draws, _only_held_out, _score, evaluate_objectives
 from emoscale.training.run import RunConfig
+from tests.training.runs import Runs
 
 DRAWS = 3
 SOURCE = Synthetic(12, visual_width=6, acoustic_width=8, expressions=4)
@@ -74,3 +76,16 @@ def test_what_cannot_be_scored_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     with pytest.raises(DataError, match="no checkpoint"):
         evaluate_objectives(tmp_path)
+
+
+def test_a_run_is_scored_on_what_it_held_out(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("synthetic#00000\n")  # ten of forty
+    words = [f"data.held_out={tmp_path / 'held.txt'}", "run.steps=2"]
+    runs.start(tmp_path / "run", *words).succeed()
+    found = evaluate_objectives(tmp_path / "run", draws=2)
+    assert (found["held_out"], found["trained_on"]) == (10, 30)
+    assert set(found["objectives"]) >= {"masked_text", "masked_acoustic", "masked_visual", "visual_emotion"}
+    for scores in found["objectives"].values():
+        assert scores["units"] > 0
+        assert scores["low"] <= scores["difference"] <= scores["high"]
+    assert found == json.loads((tmp_path / "run" / "held_out.json").read_text())
