@@ -206,7 +206,7 @@ def _made_from(config: FinetuneConfig, arm: Arm, source: Path | None) -> dict[st
     files = [Path(config.corpus) / "manifest.json", *([Path(config.labels)] if config.labels else [])]
     files += [source / "manifest.json"] if source is not None else []
     return given | {
-        "arm": [arm.head.target, vars(arm.options), arm.mode, arm.modalities, arm.words, arm.fraction, vars(arm.model), any(arm.inits.values())],
+        "arm": [arm.head.__name__.lower(), vars(arm.options), arm.mode, arm.modalities, arm.words, arm.fraction, vars(arm.model), any(arm.inits.values())],
         "files": [file_sha256(file) for file in files],
     }
 

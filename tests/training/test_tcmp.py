@@ -17,7 +17,7 @@ from emoscale.config import ConfigError, load
 from emoscale.data.streams import Corpus
 from emoscale.data.synthetic import Synthetic
 from emoscale.serving.evaluate import EvaluateConfig, evaluate
-from emoscale.training.finetune import FinetuneConfig, _prepare, check
+from emoscale.training.finetune import FinetuneConfig, _made_from, _prepare, check
 from tests.corpora import write_corpus
 from tests.data.test_dialogues import Talks
 from tests.training.forks import Forks
@@ -190,6 +190,13 @@ def test_a_forecast_begins_with_what_the_dialogues_taught(runs: Runs) -> None:
     assert all(torch.equal(state[name], value) for name, value in known.items())
     assert model.backbone.dialogue.context == "mean+attended+nearby"
     check(config)
+
+
+def test_outcomes_know_which_head_made_them(runs: Runs) -> None:
+    """Both heads read the same targets, by the same options."""
+    config, (arms, _, _) = arm_of(runs, "arms={a: {}, b: {head: {name: recurrent, length: 5}}}", "init=''")
+    one, other = (_made_from(config, arm, None) for arm in arms.values())
+    assert one != other
 
 
 def test_what_does_not_go_together(runs: Runs) -> None:
