@@ -67,8 +67,9 @@ class PrepareConfig:
     """Jobs in the array; with more than one, assemble afterwards with `stage=assemble`."""
     shard_bytes: int = 1 << 26
     """Largest shard, bytes."""
-    render: Literal["", "demo"] = ""
-    """`demo` draws the generated demo corpus where it is not yet; `source` is its `films` folder, or the one above."""
+    render: Literal["", "demo", "dialogues"] = ""
+    """`demo` draws the generated demo corpus where it is not yet, `dialogues` the larger one of sound and subtitles alone; `source` is its
+    `films` folder, or the one above."""
 
     def validate(self) -> None:
         """Refuse values out of range."""
@@ -142,8 +143,8 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
         DataError: there is nothing to prepare, or inputs do not fit together.
     """
     source, output = Path(config.source), Path(config.output)
-    if config.render == "demo":
-        _render(source.parent if source.name == "films" else source)
+    if config.render:
+        _render(source.parent if source.name == "films" else source, config.render)
     sources = TREES[config.layout](source) if config.layout else find(source, config.preprocess.subtitles.language)
     output.mkdir(parents=True, exist_ok=True)
     store = PartStore(output)
@@ -198,10 +199,10 @@ def _stored_manifest(url: str) -> dict[str, Any]:
         return json.loads((Path(folder) / MANIFEST).read_text())
 
 
-def _render(folder: Path) -> None:
+def _render(folder: Path, what: str) -> None:
     from emoscale.prepare import demo
 
-    demo.render(folder, demo.DemoConfig())
+    demo.render(folder, demo.dialogues() if what == "dialogues" else demo.DemoConfig())
 
 
 def _teacher(config: PrepareConfig, output: Path, summary: Summary) -> Path | None:

@@ -21,6 +21,7 @@ from emoscale.prepare import faces, speakers, subtitles  # noqa: E402
 from emoscale.prepare.demo import (  # noqa: E402
     COLUMNS,
     DemoConfig,
+    dialogues,
     face,
     film,
     films,
@@ -385,3 +386,22 @@ def test_oracle_weighs_cues_by_their_odds() -> None:
     assert oracle.decide({"text": "sad", "face": "happy", "voice": "happy"}) == "sad"  # 261 : 1 against 20 : 1
     assert oracle.decide({"text": "", "face": "happy", "voice": "happy"}) == "happy"
     assert oracle.decide({"text": "", "face": "anger", "voice": "happy"}) == "anger"
+
+
+def test_sound_alone_is_the_sound_of_the_film(corpus: Path, tmp_path: Path) -> None:
+    """The larger corpus of words and voices is the same one without pictures."""
+    cast = films(SMALL)[0]
+    film.render(cast, SMALL.seed, tmp_path, 0.0)
+    beside, alone = corpus / "films" / f"{cast.name}.mp4", tmp_path / f"{cast.name}.m4a"
+    assert alone.with_suffix(".srt").read_text() == beside.with_suffix(".srt").read_text()
+    heard = [_decoded(path) for path in (beside, alone)]
+    shortest = min(map(len, heard))
+    assert np.abs(heard[0][:shortest] - heard[1][:shortest]).max() < 1e-6
+    assert [(item.name, item.speakers) for item in films(dialogues()) if item.split == "labelled"] == [
+        (item.name, item.speakers) for item in films(DemoConfig()) if item.split == "labelled"
+    ]
+
+
+def _decoded(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])

@@ -31,15 +31,27 @@ SOUND_BITS = 40_000
 
 
 def render(cast: script.Cast, seed: int, folder: Path, fps: float) -> None:
-    """Write `<folder>/<cast.name>.mp4` and `.srt`; the film is renamed into place last, so a film that exists is whole."""
+    """Write `<folder>/<cast.name>.mp4` (`.m4a`, sound alone, at 0 fps) and `.srt`.
+
+    The film is renamed into place last, so a film that exists is whole.
+    """
     lines, seconds = script.lines(seed, cast)
-    path = folder / f"{cast.name}.mp4"
+    path = folder / f"{cast.name}{suffix(fps)}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".srt").write_text(subtitles(lines), encoding="utf-8")
     tracks = mouths(seed, cast, lines)
     partial = path.with_name(f".{path.name}")
-    encode(partial, Scene(seed, cast, lines, tracks, seconds, fps), sound(seed, cast, lines, tracks, seconds), fps)
+    track = sound(seed, cast, lines, tracks, seconds)
+    if fps:
+        encode(partial, Scene(seed, cast, lines, tracks, seconds, fps), track, fps)
+    else:
+        encode_sound(partial, track)
     partial.replace(path)
+
+
+def suffix(fps: float) -> str:
+    """Give the suffix of a film, or of sound alone."""
+    return ".mp4" if fps else ".m4a"
 
 
 def subtitles(lines: list[script.Line]) -> str:
@@ -192,11 +204,7 @@ def encode(path: Path, scene: Scene, track: np.ndarray, fps: float) -> None:
             "libx264", rate=rate, options={"preset": "ultrafast", "crf": QUALITY, "threads": "1", "g": "50"}
         )
         video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        audio = container.add_stream("aac", rate=voice.RATE, layout="mono", options=SOUND)
-        audio.bit_rate = SOUND_BITS
-        whole = av.AudioFrame.from_ndarray(np.ascontiguousarray(track[None]), format="fltp", layout="mono")
-        whole.sample_rate, whole.pts = voice.RATE, 0
-        packets = [*audio.encode(whole), *audio.encode(None)]
+        packets = _sound_packets(container, track)
         heard = [(float((packet.pts or 0) * (packet.time_base or 1)), packet) for packet in reversed(packets)]
         for number in range(len(scene) + 1):
             frame = None
@@ -207,6 +215,21 @@ def encode(path: Path, scene: Scene, track: np.ndarray, fps: float) -> None:
                 container.mux(packet)
             while heard and (frame is None or heard[-1][0] <= number / fps):
                 container.mux(heard.pop()[1])
+
+
+def encode_sound(path: Path, track: np.ndarray) -> None:
+    """Write sound alone, coded as in a film."""
+    with av.open(str(path), "w", format="mp4", options={"fflags": "bitexact"}) as container:
+        for packet in _sound_packets(container, track):
+            container.mux(packet)
+
+
+def _sound_packets(container: av.container.OutputContainer, track: np.ndarray) -> list[av.Packet]:
+    audio = container.add_stream("aac", rate=voice.RATE, layout="mono", options=SOUND)
+    audio.bit_rate = SOUND_BITS
+    whole = av.AudioFrame.from_ndarray(np.ascontiguousarray(track[None]), format="fltp", layout="mono")
+    whole.sample_rate, whole.pts = voice.RATE, 0
+    return [*audio.encode(whole), *audio.encode(None)]
 
 
 def _stream(seed: int, cast: script.Cast, *numbers: int) -> np.random.Generator:
