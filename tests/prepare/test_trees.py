@@ -15,8 +15,9 @@ from emoscale.data.labelled import default_key, labelled_set, read_labels
 from emoscale.data.streams import Corpus
 from emoscale.evaluation.protocols import make_folds
 from emoscale.prepare.pipeline import PrepareConfig, prepare
-from emoscale.prepare.trees import TREES
+from emoscale.prepare.trees import TREES, pre_recognition
 from emoscale.prepare.trees.iemocap import iemocap
+from emoscale.prepare.trees.meld import meld
 from emoscale.prepare.trees.msp_improv import msp_improv
 
 EVALUATION = """% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]
@@ -145,5 +146,57 @@ def test_damaged_labels_are_named_with_their_line(iemocap_tree: Path, tmp_path: 
 
 
 def test_an_unknown_layout_is_refused() -> None:
-    with pytest.raises(ConfigError, match="layout: 'meld', must be among iemocap, msp_improv, or empty"):
-        load(PrepareConfig, None, ["source=x", "output=y", "layout=meld"])
+    with pytest.raises(ConfigError, match="layout: 'savee', must be among iemocap, meld, msp_improv, or empty"):
+        load(PrepareConfig, None, ["source=x", "output=y", "layout=savee"])
+
+
+MELD_HEAD = "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,StartTime,EndTime"
+MELD_ROWS = [
+    (0, 1, "What?", "Monica", "surprise", "negative"), (0, 0, "He’s lost it.", "Phoebe", "sadness", "negative"), (0, 2, "Yes.", "Phoebe", "neutral", "neutral"),
+    (0, 3, "Oh.", "Monica", "joy", "positive"), (1, 0, "Hi!", "Joey", "joy", "positive"), (1, 1, "Hey.", "Ross", "neutral", "neutral"), (1, 2, "So?", "Ross", "neutral", "neutral"),
+]  # fmt: skip
+
+
+def write_meld(folder: Path, name: str = "dev_sent_emo.csv") -> Path:
+    lines = [f'{n},"{text}",{who},{emotion},{sentiment},{dialogue},{place},4,7,"00:00:01,000","00:00:02,000"'
+             for n, (dialogue, place, text, who, emotion, sentiment) in enumerate(MELD_ROWS)]  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("\n".join([MELD_HEAD, *lines]), encoding="utf-8-sig")
+    return folder
+
+
+def test_melds_tables_are_dialogues_of_text(tmp_path: Path) -> None:
+    sources = meld(write_meld(tmp_path / "meld"))
+    assert [source.name for source in sources] == ["dev/dia0", "dev/dia1"]
+    rows = sources[0].rows or ()
+    assert [(row.speaker, row.text, row.index) for row in rows] == [("Phoebe", "He’s lost it.", 0), ("Monica", "What?", 1), ("Phoebe", "Yes.", 2), ("Monica", "Oh.", 3)]
+    assert rows[3].label == {"emotion": "joy", "sentiment": "positive", "split": "dev", "season": "4", "episode": "7"}
+    assert {row.dialogue for row in rows} == {"dev/0"}
+
+
+def test_melds_media_are_named_utterance_by_utterance(tmp_path: Path) -> None:
+    tree = write_meld(tmp_path / "meld")
+    (tree / "dev_splits_complete").mkdir()
+    (tree / "dev_splits_complete" / "dia0_utt0.mp4").write_bytes(b"")
+    sources = meld(tree)
+    assert len(sources) == len(MELD_ROWS)
+    assert sources[0].name == "dev_splits_complete/dia0_utt0"
+    assert not sources[0].problem
+    assert sources[1].problem.endswith("dia0_utt1.mp4 does not exist")
+
+
+def test_what_can_be_forecast_is_counted_beside_the_paper(tmp_path: Path) -> None:
+    (line, why) = pre_recognition("meld", meld(write_meld(tmp_path / "meld")))
+    assert line.startswith("to forecast, dev: 2 targets (Table 1: 506), mean length 3.5; ")
+    assert "neutral 1 (196)" in line
+    assert "positive 1 (111)" in line
+    assert "a tenth" in why
+    assert pre_recognition("msp_improv", []) == []
+
+
+def test_tables_that_are_not_melds(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds none of train_sent_emo"):
+        meld(tmp_path)
+    (tmp_path / "dev_sent_emo.csv").write_text("id,text\n1,a\n")
+    with pytest.raises(DataError, match="lacks the columns Dialogue_ID"):
+        meld(tmp_path)
