@@ -46,9 +46,7 @@ class DialogueBatch:
     owners: Tensor
     """int64 [u]: window of each utterance, −1 for noise."""
     targets: dict[str, Targets] = field(default_factory=dict)
-    """Per objective: the queries it asks and their candidates [m, k], the target first; or utterances, for consistency."""
-    labels: Tensor | None = None
-    """int64 [q], where a head is trained."""
+    """Per objective: the queries it asks and their candidates [m, k], the target first; utterances, for consistency; classes, for a head."""
 
     @property
     def utterances(self) -> int:

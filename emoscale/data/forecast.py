@@ -14,7 +14,7 @@ from emoscale.batch import Batch, Targets, Utterance
 from emoscale.config import DataError
 from emoscale.data.collate import Encoded, pack
 from emoscale.data.dialogues import NEARBY, DialogueBatch, laid_out, voice_alone
-from emoscale.data.labelled import LabelEncoder, LabelledSet, Part
+from emoscale.data.labelled import LabelEncoder, LabelledSet, Part, refuse_unusable
 from emoscale.data.loader import StepData, Steps
 from emoscale.data.streams import Utterances
 
@@ -86,13 +86,15 @@ class ContextEncoder(LabelEncoder):
         held: dict[str, Encoded] = {}
         members: list[str] = []
         damaged: list[str] = []
+        filled = 0
         for target in targets:
             added = {item.id: self._one(item, damaged) for item in self.context(target) if item.id not in held}
-            if members and sum(item.length for item in (*held.values(), *added.values())) > max_tokens:
+            if members and filled + sum(item.length for item in added.values()) > max_tokens:
                 batches.append(self._packed(members, held))
-                held, members = {}, []
+                held, members, filled = {}, [], 0
                 added = {item.id: self._one(item, damaged) for item in self.context(target)}
             held |= added
+            filled += sum(item.length for item in added.values())
             members.append(target)
         return [*batches, *([self._packed(members, held)] if members else [])], list(dict.fromkeys(damaged))
 
@@ -100,8 +102,7 @@ class ContextEncoder(LabelEncoder):
         """See `LabelEncoder.batches`."""
         order = sorted((part[row].id for row in range(len(part))), key=lambda name: (self.before[name][0].id, len(self.before[name])))
         found, damaged = self.groups(order, max_tokens)
-        if damaged:
-            raise DataError(f"{len(damaged)} utterances have features that are not finite, and cannot be scored: {', '.join(damaged[:5])}")
+        refuse_unusable(damaged)
         return iter(found)
 
     def steps(self, part: Part, **given: Any) -> Steps:

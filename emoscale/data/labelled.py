@@ -110,8 +110,7 @@ class LabelEncoder(Encoder):
         """
         items = [self(part[row]) for row in range(len(part))]
         unusable = [part[row].id for row, item in enumerate(items) if item is None]
-        if unusable:
-            raise DataError(f"{len(unusable)} utterances have features that are not finite, and cannot be scored: {', '.join(unusable[:5])}")
+        refuse_unusable(unusable)
         return map(pack, split([item for item in items if item is not None], max_tokens))
 
     def steps(self, part: Part, **given: Any) -> Steps:
@@ -133,6 +132,12 @@ class LabelEncoder(Encoder):
         if self.template:
             item = item.prompted(self.text, self.template)
         return item
+
+
+def refuse_unusable(names: list[str]) -> None:
+    """Raise where utterances that are to be scored have features that are not finite."""
+    if names:
+        raise DataError(f"{len(names)} utterances have features that are not finite, and cannot be scored: {', '.join(names[:SHOWN])}")
 
 
 def default_key(table: str) -> str:

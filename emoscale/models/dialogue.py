@@ -11,11 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from emoscale.data.dialogues import NEARBY
 from emoscale.models.unified import UnifiedTransformer
 
 MODALITIES = ("text", "acoustic", "fused")
-NEARBY = 2
-"""Source and response: the utterances just before a target."""
 Scale = Literal["width", "none"]
 Context = Literal["mean+attended+nearby", "attended+nearby", "attended"]
 

@@ -13,6 +13,7 @@ from emoscale.heads.recurrent import Recurrent
 from emoscale.models.dialogue import DialogueEncoder, DialogueModel
 from emoscale.models.task import Sizes
 from emoscale.models.unified import UnifiedTransformer
+from tests.models.test_dialogue import gru
 
 
 def test_logits_are_a_gru_over_pooled_words_and_voices(backbone: UnifiedTransformer, sizes: Sizes, words: Tensor, dialogue: DialogueBatch) -> None:
@@ -32,21 +33,8 @@ def test_logits_are_a_gru_over_pooled_words_and_voices(backbone: UnifiedTransfor
     below = {name.removeprefix("read."): value for name, value in state.items() if name.startswith("read.")}
     for row, logits in enumerate(found):
         seen = dialogue.places[row][dialogue.valid[row]].numpy()
-        wanted = _last_state(below, vectors[seen], sizes.width) @ state["classify.weight"].T + state["classify.bias"]
+        wanted = gru(below, vectors[seen])[-1] @ state["classify.weight"].T + state["classify.bias"]
         np.testing.assert_allclose(logits, wanted, atol=1e-10)
-
-
-def _last_state(weights: dict[str, np.ndarray], x: np.ndarray, width: int) -> np.ndarray:
-    """Cho et al. 2014 as PyTorch documents it, step by step."""
-    gates = x @ weights["weight_ih_l0"].T + weights["bias_ih_l0"]
-    sigmoid = lambda z: 1 / (1 + np.exp(-z))  # noqa: E731
-    h = np.zeros(width)
-    for row in gates:
-        h_r, h_z, h_n = np.split(weights["weight_hh_l0"] @ h + weights["bias_hh_l0"], 3)
-        i_r, i_z, i_n = np.split(row, 3)
-        z = sigmoid(i_z + h_z)
-        h = (1 - z) * np.tanh(i_n + sigmoid(i_r + h_r) * h_n) + z * h
-    return h
 
 
 def test_of_the_transformer_only_the_words_are_trained(backbone: UnifiedTransformer, sizes: Sizes, words: Tensor, dialogue: DialogueBatch) -> None:

@@ -16,7 +16,7 @@ LENGTHS = [7, 3, 5]
 def gru(weights: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     """Cho et al. 2014 as PyTorch documents it, step by step."""
     sigmoid = lambda z: 1 / (1 + np.exp(-z))  # noqa: E731
-    h, states = np.zeros(x.shape[1]), []
+    h, states = np.zeros(weights["weight_hh_l0"].shape[1]), []
     for row in x:
         i_r, i_z, i_n = np.split(weights["weight_ih_l0"] @ row + weights["bias_ih_l0"], 3)
         h_r, h_z, h_n = np.split(weights["weight_hh_l0"] @ h + weights["bias_hh_l0"], 3)
