@@ -103,7 +103,11 @@ class RemoteCorpus(Corpus):
         raise DataError(f"{self.url}/{path.name}: shard cannot be had ({ATTEMPTS} fetches; {seen}); upload the corpus again, or leave it out of data.corpora")
 
     def _make_room(self, kept: str) -> None:
-        """Remove the shards read longest ago until the rest fits."""
+        """Remove the shards read longest ago until the rest fits; one process at a time, or each would remove what another keeps."""
+        with FileLock(self.folder / ".room.lock"):
+            self._remove_oldest(kept)
+
+    def _remove_oldest(self, kept: str) -> None:
         shards = []
         for entry in self._shards:
             path = self.folder / entry["raw_data"]["basename"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from emoscale.config import DataError
@@ -70,6 +73,31 @@ def test_a_shard_that_another_process_removed_is_fetched_again(stored: Path, tmp
     for path in read.folder.glob("*.mds"):
         path.unlink()
     assert_same(read, stored, [0, 30, 59])
+
+
+def test_two_that_make_room_at_once_do_not_empty_the_cache(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would keep the shard it reads and remove the other's; both wait here until the other has looked around too."""
+    readers = [RemoteCorpus(f"file://{stored}", tmp_path, PLENTY) for _ in range(2)]
+    for number in range(COUNT):
+        readers[0][number]
+    names = sorted(path.name for path in readers[0].folder.glob("*.mds"))
+    both = threading.Barrier(2)
+    plain = RemoteCorpus._lock
+
+    def patient(self: RemoteCorpus, name: str) -> FileLock:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        return plain(self, name)
+
+    monkeypatch.setattr(RemoteCorpus, "_lock", patient)
+    for reader in readers:
+        reader.limit = SHARD
+    threads = [threading.Thread(target=reader._make_room, args=(name,)) for reader, name in zip(readers, names, strict=False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(readers[0].folder.glob("*.mds"))
 
 
 def test_a_damaged_copy_in_the_cache_is_replaced(stored: Path, tmp_path: Path) -> None:
