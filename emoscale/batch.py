@@ -8,6 +8,7 @@ Axis letters: `b` utterances · `t` packed tokens of the micro-batch · `s` toke
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,20 @@ COLUMNS = {
 
 TEXT_FEATURES = {"text_features": "ndarray:float16"}
 """Column that the shards of a corpus have besides, where its texts came as features too."""
+
+RAW = {"acoustic": ("audio", "bytes"), "visual": ("faces", "bytes")}
+"""Modality → the column that a raw shard has in the place of its features, see `emoscale.codecs`."""
+
+
+def columns_of(raw: Collection[str] = (), *, text_features: bool = False) -> dict[str, str]:
+    """Give the columns of a shard.
+
+    Args:
+        raw: modalities stored as they were recorded, for models that train their encoders.
+        text_features: whether texts came as features too.
+    """
+    columns = dict(RAW[name] if name in raw else (name, kind) for name, kind in COLUMNS.items())
+    return columns | (TEXT_FEATURES if text_features else {})
 
 
 @dataclass
@@ -69,14 +84,19 @@ class Utterance:
     """Annotations such as `{"emotion": "happy"}`; pre-training never reads them."""
     text_features: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float16))
     """fp16 [T_l, D_l], output of a text encoder that a manifest brought along: part of the text, besides its words or in their place."""
+    audio: bytes = b""
+    """The voice itself, in a corpus that keeps it raw (`emoscale.codecs`); then `acoustic` is empty."""
+    faces: bytes = b""
+    """The face crops themselves; then `visual` is empty."""
 
     def has(self, modality: str) -> bool:
-        """Whether anything of a modality is there; text features are text."""
-        return len(getattr(self, modality)) > 0 or (modality == "text" and len(self.text_features) > 0)
+        """Whether anything of a modality is there; text features are text, and what is kept raw counts."""
+        other = "text_features" if modality == "text" else RAW[modality][0]
+        return len(getattr(self, modality)) > 0 or len(getattr(self, other)) > 0
 
-    def record(self) -> dict[str, Any]:
-        """Give the row that an MDS writer takes, with text features where their width is above 0."""
-        columns = COLUMNS | (TEXT_FEATURES if self.text_features.shape[1] else {})
+    def record(self, raw: Collection[str] = ()) -> dict[str, Any]:
+        """Give the row that an MDS writer takes, with text features where their width is above 0; `raw` as in `columns_of`."""
+        columns = columns_of(raw, text_features=self.text_features.shape[1] > 0)
         row = {name: _stored(getattr(self, name)) for name in columns if name != "label"}
         return row | {"label": json.dumps(self.label, sort_keys=True)}
 
@@ -84,7 +104,8 @@ class Utterance:
     def from_record(cls, row: dict[str, Any]) -> Utterance:
         """Read a row of an MDS shard back."""
         label = json.loads(row["label"]) if row.get("label") else {}
-        return cls(**{name: _restored(row[name]) for name in COLUMNS | TEXT_FEATURES if name != "label" and name in row}, label=label)
+        known = [*COLUMNS, *TEXT_FEATURES, *(column for column, _ in RAW.values())]
+        return cls(**{name: _restored(row[name]) for name in known if name != "label" and name in row}, label=label)
 
 
 @dataclass

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "emoscale"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
-    {"batch", "config", "distributed", "files", "imports", "kernels", "storage", "template"},
+    {"batch", "codecs", "config", "distributed", "files", "imports", "kernels", "storage", "template"},
     {"prepare", "data"},
     {"models"},
     {"objectives", "heads"},

@@ -17,13 +17,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from emoscale.batch import COLUMNS, MODALITIES, TEXT_FEATURES, Utterance
+from emoscale.batch import MODALITIES, RAW, Utterance, columns_of
 from emoscale.config import DataError
 from emoscale.data.order import permutation
 from emoscale.files import file_sha256
 from emoscale.kernels.philox import key_of
 
 SCHEMA = 1
+LAYOUTS = [columns_of(raw, text_features=more) for raw in ((), ("acoustic",), ("visual",), tuple(RAW)) for more in (False, True)]
+"""Columns that a shard may have."""
 REMEDY = "copy it from its source, or delete it and run `emoscale prepare` again"
 
 
@@ -108,7 +110,7 @@ class Corpus:
         entry = self._shards[shard]
         encodings = dict(zip(entry.get("column_names", []), entry.get("column_encodings", []), strict=False))
         # Any other encoding is refused too: pickle would run what it reads, another width would be read as noise.
-        if encodings not in (COLUMNS, COLUMNS | TEXT_FEATURES) or "raw_data" not in entry:
+        if encodings not in LAYOUTS or "raw_data" not in entry:
             raise DataError(f"{self.folder}: shard columns {encodings} are not an utterance's; prepare the corpus again")
         self._verify(entry["raw_data"])
         self._readers[shard] = MDSReader.from_json(str(self.folder), None, entry)
@@ -225,7 +227,9 @@ class Shuffled:
 
     def __getitem__(self, number: int) -> Utterance:
         face, voice = self.source[int(self._visual[number])], self.source[int(self._acoustic[number])]
-        return replace(self.source[number], visual=face.visual, visual_emotion=face.visual_emotion, acoustic=voice.acoustic)
+        return replace(
+            self.source[number], visual=face.visual, faces=face.faces, visual_emotion=face.visual_emotion, acoustic=voice.acoustic, audio=voice.audio
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

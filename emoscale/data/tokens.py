@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from emoscale.batch import Utterance
+from emoscale.codecs import decode_audio, decode_faces
 from emoscale.config import ConfigError, DataError
 from emoscale.template import BLANK, TEXT
 
@@ -149,6 +150,9 @@ class Features:
         Raises:
             DataError: the constants are not one finite number per feature.
         """
+        if section.get("raw"):
+            none = np.zeros(0, np.float32)
+            return RAW_FRAMES[section["raw"]](int(section["width"]), max_frames or int(section["max_frames"]), none, none)
         width, mean, std = int(section["width"]), np.asarray(section["mean"], np.float32), np.asarray(section["std"], np.float32)
         if mean.shape != (width,) or std.shape != (width,) or not np.isfinite([mean, std]).all():
             raise DataError(f"manifest.json: mean {mean.shape} and std {std.shape} must be {width} finite numbers each; prepare the corpus again")
@@ -170,3 +174,42 @@ class Features:
         if frames.ndim != 2 or frames.shape[1] != self.width:
             raise DataError(f"{utterance.id}: features of shape {frames.shape}, the manifest says [T, {self.width}]; prepare the corpus again")
         return (frames[: self.max_frames].astype(np.float32) - self.mean) / self.std
+
+
+class Waveform(Features):
+    """The voice itself: a frame is `width` samples, a shorter rest at the end is left out."""
+
+    def __call__(self, frames: np.ndarray, utterance: Utterance) -> np.ndarray:
+        """Give float32 [T, width] in −1 … 1.
+
+        Raises:
+            DataError: the sound cannot be decoded.
+        """
+        try:
+            wave = decode_audio(utterance.audio)
+        except ValueError as error:
+            raise DataError(f"{utterance.id}: {error}; prepare the corpus again") from error
+        count = min(self.max_frames, len(wave) // self.width)
+        return wave[: count * self.width].reshape(count, self.width)
+
+
+class Pictures(Features):
+    """The face crops themselves: a frame is the `width` numbers of one square RGB picture, row by row."""
+
+    def __call__(self, frames: np.ndarray, utterance: Utterance) -> np.ndarray:
+        """Give float32 [T, width] in 0 … 1.
+
+        Raises:
+            DataError: a picture cannot be decoded, or is of another size than the manifest says.
+        """
+        try:
+            crops = decode_faces(utterance.faces, self.max_frames)
+        except ValueError as error:
+            raise DataError(f"{utterance.id}: {error}; prepare the corpus again") from error
+        if len(crops) and crops[0].size != self.width:
+            raise DataError(f"{utterance.id}: pictures of {crops.shape[1]}×{crops.shape[2]}, the manifest says {self.width} numbers each; prepare the corpus again")
+        return crops.reshape(len(crops), self.width).astype(np.float32) / 255
+
+
+RAW_FRAMES = {"audio": Waveform, "faces": Pictures}
+"""What a manifest says under `raw`: the column a modality is stored in."""

@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 SIZES = {"tiny": (2, 128, 2), "small": (4, 256, 4), "base": (12, 768, 12), "large": (24, 1024, 16)}
 """Layers, width and heads of each named size; base and large are BERT's."""
+
+
+@dataclass
+class TowerConfig:
+    """One encoder of Hugging Face that is trained with the rest."""
+
+    source: str = ""
+    """Id or folder that gives architecture and weights."""
+    type: str = ""
+    """Without a source: a model type of `transformers`, such as `bert`, with random weights."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of its configuration that differ from what source or type say, such as `{hidden_dropout_prob: 0.0}`."""
+    freeze: list[str] = field(default_factory=list)
+    """Beginnings of names of its parameters that are not trained, such as `[embeddings, encoder.layer.0.]`; `[""]` is all."""
+
+    @property
+    def given(self) -> bool:
+        """Whether there is an encoder."""
+        return bool(self.source or self.type)
+
+    def validate(self) -> None:
+        """Check that one way is chosen."""
+        if self.source and self.type:
+            raise ValueError(f"source: {self.source} and type {self.type}; give one of the two")
+
+
+@dataclass
+class EncodersConfig:
+    """Encoders in the place of the unified transformer; none = the unified transformer."""
+
+    text: TowerConfig = field(default_factory=TowerConfig)
+    """Any text encoder, such as BERT, RoBERTa or that of T5; `data.tokenizer` must be its own."""
+    acoustic: TowerConfig = field(default_factory=TowerConfig)
+    """A wav2vec2-like model, such as HuBERT, on a corpus that keeps voices raw (`preprocess.acoustic.encoder=waveform`)."""
 
 
 @dataclass
@@ -31,6 +65,8 @@ class ModelConfig:
     """BERT (Hugging Face id or folder) or run folder of an earlier pre-training to start from; empty = random (normal, 0.02)."""
     activation_checkpointing: bool = False
     """Recompute each layer in backward instead of keeping its activations."""
+    encoders: EncodersConfig = field(default_factory=EncodersConfig)
+    """Hugging Face models that encode utterances instead (`system: tcmp`)."""
 
     def validate(self) -> None:
         """Fill what `size` gives and check the rest."""

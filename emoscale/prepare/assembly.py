@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from emoscale.batch import Utterance
+from emoscale.batch import RAW, Utterance
 from emoscale.config import DataError, to_dict
 from emoscale.prepare import vocabulary
 from emoscale.prepare.extract import MAX_TEXT_FEATURES, PRECOMPUTED, Extractor, PreprocessConfig
@@ -98,7 +98,8 @@ def assemble(
     statistics = Statistics.from_record(earlier["statistics"]) if earlier is not None else Statistics()
     dropped = _read_dropped(store) if earlier is not None else {}
     names = [name for name in done if earlier is None or name not in earlier["keys"]]
-    shards = write_shards(_kept(names, store, require, dropped), frame["widths"], fresh, shard_bytes, statistics)
+    raw = [name for name in RAW if frame[name].get("raw")]
+    shards = write_shards(_kept(names, store, require, dropped), frame["widths"], fresh, shard_bytes, statistics, raw)
     if not statistics.counts["utterances"]:
         shutil.rmtree(fresh, ignore_errors=True)
         raise DataError(
@@ -220,10 +221,12 @@ def _manifest(
     limits = {"acoustic": preprocess.acoustic.max_frames, "visual": preprocess.visual.max_frames}
     if "text_features" in frame:
         limits["text_features"] = MAX_TEXT_FEATURES
-    manifest: dict[str, Any] = {"schema": SCHEMA, "kind": "feature", "counts": statistics.counts}
+    kind = "raw" if any(frame[name].get("raw") for name in RAW) else "feature"
+    manifest: dict[str, Any] = {"schema": SCHEMA, "kind": kind, "counts": statistics.counts}
     for name, limit in limits.items():
-        mean, std = statistics.mean_std(name, frame[name]["width"])
-        manifest[name] = frame[name] | {"max_frames": limit, "mean": mean, "std": std}
+        manifest[name] = frame[name] | {"max_frames": limit}
+        if not frame[name].get("raw"):
+            manifest[name] |= dict(zip(("mean", "std"), statistics.mean_std(name, frame[name]["width"]), strict=True))
     return manifest | {"visual_emotion": frame["visual_emotion"], "preprocess": to_dict(preprocess), "shards": shards}
 
 

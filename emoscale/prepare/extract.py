@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from emoscale.batch import Utterance
+from emoscale.batch import RAW, Utterance
+from emoscale.codecs import count_faces
 from emoscale.config import DataError, from_mapping
 from emoscale.prepare import media, subtitles
 from emoscale.prepare.container import Media, probe, subtitle_packets
@@ -131,16 +132,19 @@ class Extractor:
     def describe(self) -> dict[str, Any]:
         """Say what the manifest states about the encoders."""
         voice, face = self.acoustic, self.visual
+        kept = {name: {"raw": RAW[name][0]} if encoder.raw else {} for name, encoder in (("acoustic", voice), ("visual", face))}
         return {
             "acoustic": {
                 "encoder": {"name": voice.name, "revision": voice.revision},
                 "width": voice.width,
                 "frame_s": voice.frame_s,
+                **kept["acoustic"],
             },
             "visual": {
                 "encoder": {"name": face.name, "revision": face.revision},
                 "width": face.width,
                 "frame_s": 1 / self.config.faces.fps,
+                **kept["visual"],
             },
             "classes": list(face.classes),
         }
@@ -227,9 +231,11 @@ class Extractor:
         end = min(utterance.end, utterance.start + config.max_seconds)
         wave = reader.sound.between(utterance.start, end) if reader.sound is not None else np.zeros(0, np.float32)
         if "acoustic" not in given and len(wave) and np.abs(wave).max() >= SILENCE:
-            utterance.acoustic = self.acoustic.encode(wave)[: config.acoustic.max_frames]
+            voice = self.acoustic.encode(wave)
+            setattr(utterance, _column("acoustic", self.acoustic), voice)
         if reader.pictures is not None and "visual" not in given:
-            utterance.visual, utterance.visual_emotion = self._face(utterance, end, wave, reader.pictures, notes)
+            face, utterance.visual_emotion = self._face(utterance, end, wave, reader.pictures, notes)
+            setattr(utterance, _column("visual", self.visual), face)
         limits = (config.acoustic.max_frames, config.visual.max_frames, config.visual.max_frames, MAX_TEXT_FEATURES)
         for name, limit in zip(FEATURES, limits, strict=True):
             if name in given:
@@ -239,15 +245,16 @@ class Extractor:
                     setattr(utterance, name, given[name][:limit].astype(np.float16))
         if "visual" in given and "visual_emotion" not in given:
             utterance.visual_emotion = np.zeros((len(utterance.visual), 0), np.float16)
-        if len(utterance.visual_emotion) != len(utterance.visual):
+        faces = count_faces(utterance.faces) if utterance.faces else len(utterance.visual)
+        if len(utterance.visual_emotion) != faces:
             raise DataError(
-                f"{utterance.id}: {len(utterance.visual)} face frames "
+                f"{utterance.id}: {faces} face frames "
                 f"but {len(utterance.visual_emotion)} rows of visual_emotion"
             )
 
     def _face(
         self, utterance: Utterance, end: float, wave: np.ndarray, pictures: media.FrameReader, notes: Counter[str]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[Any, np.ndarray]:
         config = self.config
         steps = max(1, math.ceil((end - utterance.start) * config.faces.fps - 1e-6))
         times = [utterance.start + step / config.faces.fps for step in range(steps)]
@@ -255,7 +262,8 @@ class Extractor:
         choice = choose_speaker(tracks, wave, media.RATE, utterance.start, config.speakers)
         notes[f"speaker: {choice.reason}"] += 1
         if choice.track is None:
-            return np.zeros((0, self.visual.width), np.float16), np.zeros((0, len(self.visual.classes)), np.float16)
+            nothing = b"" if self.visual.raw else np.zeros((0, self.visual.width), np.float16)
+            return nothing, np.zeros((0, len(self.visual.classes)), np.float16)
         return self.visual.encode(tracks[choice.track].crops[:: config.visual.every][: config.visual.max_frames])
 
 
@@ -295,6 +303,11 @@ class _Readers:
                     (start, end, text.decode("utf-8", "replace"))
                     for start, end, text in subtitle_packets(self._media, index)
                 ]
+
+
+def _column(modality: str, encoder: AcousticEncoder | VisualEncoder) -> str:
+    """Give the field of an utterance that an encoder fills."""
+    return RAW[modality][0] if encoder.raw else modality
 
 
 def _from_row(source: Source, number: int, row: Row, duration: float) -> Utterance:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from emoscale.config import ConfigError, EmoscaleError
-from emoscale.prepare.teacher import Teacher, load_teacher, teacher_sha256
+from emoscale.prepare.recorded import CROPS, WAVEFORM, Photographed, Recorded
+from emoscale.prepare.teacher import Teacher, load_teacher, probabilities, teacher_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,8 @@ class AcousticConfig:
     """Which encoder hears, and at which rate."""
 
     encoder: str = LOGMEL
-    """`logmel` (log-mel bands, loudness, voicing, pitch), or a Hugging Face id or folder of a wav2vec2-like model."""
+    """`logmel` (log-mel bands, loudness, voicing, pitch), a Hugging Face id or folder of a wav2vec2-like model, or `waveform`: the sound
+    itself, for models that train their encoder (then `frame_s` is what one frame of that encoder covers, such as 0.02)."""
     revision: str = ""
     """Commit of a Hugging Face id; empty = its newest. What was loaded is written to the manifest."""
     layer: int = -1
@@ -65,11 +67,12 @@ class VisualConfig:
     """Which encoder sees the face crops."""
 
     encoder: str = PIXELS
-    """`pixels` (normalised grey), `teacher` (the expression teacher's features), or a Hugging Face image classifier."""
+    """`pixels` (normalised grey), `teacher` (the expression teacher's features), a Hugging Face image classifier, or `crops`: the pictures
+    themselves, for models that train their encoder."""
     revision: str = ""
     """Commit of a Hugging Face id; empty = its newest. What was loaded is written to the manifest."""
     side: int = 24
-    """Side of the grey picture of `pixels`; features have side × side values."""
+    """Side of a picture of `pixels` or `crops`; features have side × side values, three times as many in colour."""
     every: int = 1
     """Every n-th face crop becomes a frame: speakers are told apart at `faces.fps`, expressions change more slowly."""
     max_frames: int = 36
@@ -79,8 +82,9 @@ class VisualConfig:
 
     def validate(self) -> None:
         """Refuse values out of range."""
-        if not 4 <= self.side <= 64:
-            raise ValueError(f"side: {self.side}, must be 4 to 64")
+        largest = 512 if self.encoder == CROPS else 64
+        if not 4 <= self.side <= largest:
+            raise ValueError(f"side: {self.side}, must be 4 to {largest}")
         for key in ("every", "max_frames", "batch"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)}, must be at least 1")
@@ -93,9 +97,11 @@ class AcousticEncoder(Protocol):
     revision: str
     width: int
     frame_s: float
+    raw: bool
+    """Whether the sound itself is kept."""
 
-    def encode(self, wave: np.ndarray) -> np.ndarray:
-        """Give float16 [T, width] of one utterance, float32 [n] at 16 kHz; an empty wave gives zero frames."""
+    def encode(self, wave: np.ndarray) -> Any:
+        """Give float16 [T, width] of one utterance, float32 [n] at 16 kHz, or its bytes where it is kept raw; no sound gives none."""
         ...
 
 
@@ -106,9 +112,11 @@ class VisualEncoder(Protocol):
     revision: str
     width: int
     classes: list[str]
+    raw: bool
+    """Whether the pictures themselves are kept."""
 
-    def encode(self, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give float16 features [n, width] and class probabilities [n, len(classes)] of uint8 [n, S, S, 3] crops."""
+    def encode(self, crops: np.ndarray) -> tuple[Any, np.ndarray]:
+        """Give float16 features [n, width], or bytes, and class probabilities [n, len(classes)] of uint8 [n, S, S, 3] crops."""
         ...
 
 
@@ -120,6 +128,8 @@ def make_acoustic(config: AcousticConfig) -> AcousticEncoder:
     """
     if config.encoder == LOGMEL:
         return LogMel(bands=config.bands, frame_s=config.frame_s, max_frames=config.max_frames)
+    if config.encoder == WAVEFORM:
+        return Recorded(frame_s=config.frame_s, max_frames=config.max_frames)
     return SpeechModel(
         config.encoder,
         revision=config.revision,
@@ -139,6 +149,8 @@ def make_visual(config: VisualConfig, teacher_folder: Path | None = None) -> Vis
     teacher = load_teacher(teacher_folder) if teacher_folder else None
     if config.encoder == PIXELS:
         return Pixels(config.side, teacher, max_frames=config.max_frames)
+    if config.encoder == CROPS:
+        return Photographed(config.side, teacher, max_frames=config.max_frames)
     if config.encoder == TEACHER:
         if teacher is None or teacher_folder is None:
             raise ConfigError(
@@ -157,7 +169,7 @@ class LogMel:
     weighted by voicing. Voice quality beyond pitch is in the bands.
     """
 
-    name = LOGMEL
+    name, raw = LOGMEL, False
 
     def __init__(self, *, bands: int, frame_s: float, max_frames: int) -> None:
         self._per = round(frame_s * RATE / HOP)
@@ -236,6 +248,8 @@ class LogMel:
 class SpeechModel:
     """A frozen wav2vec2-like model of Hugging Face; one utterance at a time, so nothing is ever padded."""
 
+    raw = False
+
     def __init__(
         self, source: str, *, revision: str, layer: int, frame_s: float, max_frames: int, max_seconds: float
     ) -> None:
@@ -271,7 +285,7 @@ class SpeechModel:
 class Pixels:
     """Grey pixels of the crop, each picture with mean 0 and deviation 1; no download."""
 
-    name = PIXELS
+    name, raw = PIXELS, False
 
     def __init__(self, side: int, teacher: Teacher | None, *, max_frames: int) -> None:
         self._side, self._teacher, self._max_frames = side, teacher, max_frames
@@ -291,13 +305,13 @@ class Pixels:
         ]
         grey = np.stack(small).reshape(len(crops), -1).astype(np.float32)
         grey = (grey - grey.mean(axis=1, keepdims=True)) / (grey.std(axis=1, keepdims=True) + 1)
-        return grey.astype(np.float16), _probabilities(self._teacher, crops)
+        return grey.astype(np.float16), probabilities(self._teacher, crops)
 
 
 class TeacherFeatures:
     """The expression teacher's penultimate features and class probabilities, as MEmoBERT takes them from a DenseNet."""
 
-    name = TEACHER
+    name, raw = TEACHER, False
 
     def __init__(self, teacher: Teacher, revision: str, *, max_frames: int) -> None:
         self._teacher, self._max_frames = teacher, max_frames
@@ -314,6 +328,8 @@ class ImageModel:
 
     With a teacher the probabilities are the teacher's.
     """
+
+    raw = False
 
     def __init__(self, source: str, teacher: Teacher | None, *, revision: str, batch: int, max_frames: int) -> None:
         import torch
@@ -347,12 +363,8 @@ class ImageModel:
             if self._teacher is None:
                 probabilities.append(logits.softmax(dim=-1).numpy())
         own = np.concatenate(probabilities).astype(np.float16)
-        given = own if self._teacher is None else _probabilities(self._teacher, crops)
+        given = own if self._teacher is None else probabilities(self._teacher, crops)
         return np.concatenate(features).astype(np.float16), given
-
-
-def _probabilities(teacher: Teacher | None, crops: np.ndarray) -> np.ndarray:
-    return np.zeros((len(crops), 0), np.float16) if teacher is None else teacher(crops)[1].astype(np.float16)
 
 
 def _from_hub(source: str, revision: str, model: str, processor: str) -> tuple[Any, Any, str]:

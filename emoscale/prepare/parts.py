@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from emoscale.batch import COLUMNS, Utterance
+from emoscale.batch import COLUMNS, RAW, Utterance
 from emoscale.config import DataError
 
 PARTS = ".parts"
 ARRAYS = ("acoustic", "visual", "visual_emotion", "text_features")
+BYTES = tuple(column for column, _ in RAW.values())
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
@@ -87,6 +88,10 @@ class PartStore:
             arrays[f"{column}.shapes"] = np.array([value.shape for value in values], np.int64).reshape(-1, 2)
             flat = [np.asarray(value, np.float16).reshape(-1) for value in values]
             arrays[column] = np.concatenate(flat) if flat else np.zeros(0, np.float16)
+        for column in BYTES:
+            kept = [np.frombuffer(getattr(u, column), np.uint8) for u in part.utterances]
+            arrays[f"{column}.shapes"] = np.array([value.shape for value in kept], np.int64).reshape(-1, 1)
+            arrays[column] = np.concatenate(kept) if kept else np.zeros(0, np.uint8)
         head = json.dumps(vars(part.head) | {"records": records}).encode()
         aside = path.with_suffix(f".{os.getpid()}.tmp")
         with aside.open("wb") as file:
@@ -114,7 +119,8 @@ class PartStore:
         try:
             with _opened(path) as stored:
                 records = json.loads(stored["head"].tobytes())["records"]
-                columns: dict[str, Any] = {c: _split(stored[c], stored[f"{c}.shapes"]) for c in ARRAYS if c in stored}
+                columns: dict[str, Any] = {c: _split(stored[c], stored[f"{c}.shapes"]) for c in (*ARRAYS, *BYTES) if c in stored}
+                columns |= {c: [value.tobytes() for value in columns[c]] for c in BYTES if c in columns}
         except DAMAGED as error:
             path.unlink(missing_ok=True)
             raise DataError(

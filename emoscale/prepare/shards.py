@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from emoscale.batch import COLUMNS, TEXT_FEATURES, Utterance
+from emoscale.batch import Utterance, columns_of
+from emoscale.codecs import count_faces, count_samples
 from emoscale.config import DataError
 from emoscale.files import file_sha256
 from emoscale.prepare.parts import PARTS
@@ -36,8 +37,8 @@ class Statistics:
     _dialogues: set[str] = field(default_factory=set)
     _speakers: set[str] = field(default_factory=set)
 
-    def add(self, utterance: Utterance) -> None:
-        """Count one utterance."""
+    def add(self, utterance: Utterance, widths: dict[str, int]) -> None:
+        """Count one utterance; `widths` as in `write_shards`."""
         counts = self.counts
         counts["utterances"] += 1
         counts["words"] += len(utterance.text.split())
@@ -50,7 +51,7 @@ class Statistics:
             values = getattr(utterance, name).astype(np.float64)
             self._frames[name] += len(values)
             if f"{name}_frames" in counts:
-                counts[f"{name}_frames"] += len(values)
+                counts[f"{name}_frames"] += len(values) or _raw_frames(utterance, name, widths[name])
             if len(values):
                 self._sums[name] = self._sums.get(name, 0.0) + values.sum(axis=0)
                 self._squares[name] = self._squares.get(name, 0.0) + np.square(values).sum(axis=0)
@@ -96,7 +97,7 @@ COUNTS = (
 
 
 def write_shards(
-    utterances: Iterable[Utterance], widths: dict[str, int], folder: Path, shard_bytes: int, statistics: Statistics
+    utterances: Iterable[Utterance], widths: dict[str, int], folder: Path, shard_bytes: int, statistics: Statistics, raw: Collection[str] = ()
 ) -> list[dict[str, Any]]:
     """Write utterances to MDS shards in the order given.
 
@@ -106,18 +107,19 @@ def write_shards(
         folder: new folder for `shard.*.mds` and `index.json`.
         shard_bytes: largest size of a shard.
         statistics: counts every utterance.
+        raw: modalities stored as they were recorded.
 
     Returns:
         The `shards` of the manifest.
     """
     from streaming import MDSWriter
 
-    columns = COLUMNS | (TEXT_FEATURES if "text_features" in widths else {})
+    columns = columns_of(raw, text_features="text_features" in widths)
     with MDSWriter(columns=columns, out=str(folder), hashes=["sha256"], size_limit=shard_bytes) as writer:
         for utterance in utterances:
             _fit(utterance, widths)
-            statistics.add(utterance)
-            writer.write(utterance.record())
+            statistics.add(utterance, widths)
+            writer.write(utterance.record(raw))
     return listed(json.loads((folder / INDEX).read_text())["shards"])
 
 
@@ -131,6 +133,11 @@ def listed(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for shard in shards
     ]
+
+
+def _raw_frames(utterance: Utterance, modality: str, width: int) -> int:
+    """Give how many frames are kept raw."""
+    return count_faces(utterance.faces) if modality == "visual" else count_samples(utterance.audio) // width
 
 
 def _fit(utterance: Utterance, widths: dict[str, int]) -> None:

@@ -137,6 +137,11 @@ def train_teacher(stills: Path, out: Path, config: TeacherConfig, faces: FacesCo
     return report | {"classes": found.classes, "sha256": teacher_sha256(out)}
 
 
+def probabilities(teacher: Teacher | None, crops: np.ndarray) -> np.ndarray:
+    """Give fp16 [n, classes] of uint8 [n, S, S, 3] crops; no columns without a teacher."""
+    return np.zeros((len(crops), 0), np.float16) if teacher is None else teacher(crops)[1].astype(np.float16)
+
+
 def load_teacher(folder: Path) -> Teacher:
     """Read a teacher that `train_teacher` saved.
 

@@ -25,7 +25,8 @@ from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
 from emoscale.heads import HEADS
 from emoscale.models.dialogue import DialogueEncoder, DialogueModel
 from emoscale.models.task import Sizes, encode, in_context
-from emoscale.models.unified import UnifiedTransformer, initialise
+from emoscale.models.unified import initialise
+from emoscale.training.encoders import utterance_encoder
 from emoscale.training.export import MODEL_TYPE, SCHEMA, utterance_shape
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class EmoscaleModel(PreTrainedModel):
     def __init__(self, config: EmoscaleConfig) -> None:
         super().__init__(config)
         shape = utterance_shape(config.shape)
-        self.backbone: Any = UnifiedTransformer(**shape)
+        self.backbone: Any = utterance_encoder(shape)
         if "dialogue" in config.shape:
             self.backbone = DialogueModel(self.backbone, DialogueEncoder(shape["width"], **config.shape["dialogue"]))
         self.tasks = nn.ModuleDict()
@@ -72,7 +73,7 @@ class EmoscaleModel(PreTrainedModel):
         self.post_init()
 
     @property
-    def transformer(self) -> UnifiedTransformer:
+    def transformer(self) -> Any:
         """What encodes utterances."""
         return self.backbone.utterance if "dialogue" in self.config.shape else self.backbone
 

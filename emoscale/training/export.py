@@ -98,13 +98,19 @@ def export(source: str | Path, out: str | Path) -> Path:
     return write_model(out, exported, load_file(found / "weights.safetensors"), tokenizer=tokenizer, corpus=None, assets=found / "assets")
 
 
+def _kind(shape: dict[str, Any]) -> str:
+    if "layers" in shape:
+        return f"Unified transformer of {shape['layers']} layers"
+    return f"{shape['text']['model_type']} and {shape['acoustic']['model_type']}"
+
+
 def _card(exported: Exported) -> str:
     shape = utterance_shape(exported.shape)
     score = exported.score
     lines = [
         "---", "library_name: transformers", "tags: [emotion-recognition, multimodal, emoscale]", "---", "",
         f"# emoscale {'emotion model' if exported.head else 'pre-trained backbone'}", "",
-        f"Unified transformer over {', '.join(exported.modalities)}: {shape['layers']} layers, width {shape['width']}, "
+        f"{_kind(shape)} over {', '.join(exported.modalities)}: width {shape['width']}, "
         f"vocabulary {shape['vocabulary']}, {shape['visual_width']} visual and {shape['acoustic_width']} acoustic features per frame.", "",
     ]
     if exported.head:

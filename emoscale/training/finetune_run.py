@@ -26,10 +26,10 @@ from emoscale.heads import HEADS, Head
 from emoscale.heads.prompt import Prompt
 from emoscale.models.config import ModelConfig
 from emoscale.models.dialogue import DialogueEncoder, DialogueModel
+from emoscale.models.pretrained import PretrainedEncoders
 from emoscale.models.task import Sizes, TaskModel, in_context
-from emoscale.models.unified import UnifiedTransformer
 from emoscale.training import checkpoint
-from emoscale.training.build import backbone_shape
+from emoscale.training.encoders import encoder_shape, load_towers, utterance_encoder
 from emoscale.training.engine import Engine, OptimConfig, ZeroConfig
 from emoscale.training.export import Exported, write_model
 from emoscale.training.finetune_outcomes import Outcome, folder_name
@@ -121,7 +121,7 @@ def start_of(arm: Arm, recipe: Recipe, data: LabelledSet, source: Path | None) -
         DataError: the checkpoint's tokenizer, encoders or widths are others; nothing is loaded.
     """
     encoder = _encoder(arm, recipe, data, source)
-    shape = backbone_shape(arm.model, encoder)
+    shape = encoder_shape(arm.model, encoder)
     if source is not None:
         shape = _saved_shape(source, shape, arm)
     taken = max(encoder.text.max_tokens + 2, encoder.visual.max_frames, encoder.acoustic.max_frames)
@@ -145,7 +145,7 @@ def first_loss_is_finite(arm: Arm, recipe: Recipe, data: LabelledSet, rows: np.n
 def _build(arm: Arm, shape: dict[str, Any], data: LabelledSet, rows: np.ndarray, seed: int, source: Path | None) -> TaskModel:
     """Build backbone and head, load what they start from, and freeze what is not trained."""
     torch.manual_seed(seed)
-    backbone: Any = UnifiedTransformer(**shape)
+    backbone: Any = utterance_encoder(shape)
     if arm.head.of_dialogues:
         backbone = DialogueModel(backbone, DialogueEncoder(shape["width"], **_dialogue_options(source)))
     sizes = Sizes(shape["width"], shape["vocabulary"], shape["visual_width"], shape["acoustic_width"])
@@ -156,6 +156,8 @@ def _build(arm: Arm, shape: dict[str, Any], data: LabelledSet, rows: np.ndarray,
     model = TaskModel(backbone, {arm.head.target: head}, {arm.head.target: 1.0}, in_context if arm.head.of_dialogues else None)
     if source is not None:
         _load(model, checkpoint.load(source).weights)
+    elif isinstance(backbone, DialogueModel) and isinstance(backbone.utterance, PretrainedEncoders):
+        load_towers(arm.model, backbone.utterance)
     elif arm.model.init:
         start_from(arm.model.init, TaskModel(backbone.utterance, {}, {}) if arm.head.of_dialogues else model, arm.tokenizer)
     head.settle(backbone)

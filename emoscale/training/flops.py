@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+from emoscale.models.pretrained import read_config
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 """Dense bf16 peak, FLOP/s, as the maker states it; never the sparse figure."""
@@ -23,6 +26,25 @@ def forward_flops(shape: dict[str, Any], lengths: list[int], frames: dict[str, i
     out = {"masked_text": shape["vocabulary"], "masked_visual": shape["visual_width"], "masked_acoustic": shape["acoustic_width"]}
     heads = sum(2 * count * width * (width + out.get(name, 0)) for name, count in masked.items())
     return float(shape["layers"] * layer + embed + heads)
+
+
+def tower_flops(config: dict[str, Any], lengths: list[int]) -> float:
+    """Count as `forward_flops` does for a model of Hugging Face.
+
+    Args:
+        config: what a run knows of its configuration, see `models.pretrained.described`.
+        lengths: tokens, or frames of voice, of each sequence.
+    """
+    full: Any = read_config(config)
+    width, ffn = full.hidden_size, getattr(full, "intermediate_size", None) or full.d_ff
+    tokens, squares = sum(lengths), sum(n * n for n in lengths)
+    total = full.num_hidden_layers * (2 * tokens * (4 * width * width + 2 * width * ffn) + 4 * width * squares)
+    channels, rate = 1, math.prod(getattr(full, "conv_stride", ()))
+    for kernel, step, out in zip(*(getattr(full, f"conv_{name}", ()) for name in ("kernel", "stride", "dim")), strict=True):
+        rate //= step
+        total += 2 * tokens * rate * kernel * channels * out
+        channels = out
+    return float(total)
 
 
 def peak_flops(device: str) -> float | None:

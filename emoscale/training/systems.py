@@ -16,13 +16,14 @@ from emoscale.data.masking import MaskingPlan
 from emoscale.data.order import Order
 from emoscale.data.streams import Utterances
 from emoscale.models.dialogue import Context, DialogueEncoder, DialogueModel, Scale
+from emoscale.models.pretrained import PretrainedEncoders
 from emoscale.models.task import Task, TaskModel, in_context
-from emoscale.models.unified import UnifiedTransformer
 from emoscale.objectives import DIALOGUE_OBJECTIVES
 from emoscale.objectives.target_search import TargetSearch
-from emoscale.training.build import Built, backbone_shape, build
+from emoscale.training.build import Built, build
 from emoscale.training.corpora import Opened, expressions_of
-from emoscale.training.flops import forward_flops
+from emoscale.training.encoders import encoder_shape, load_towers, utterance_encoder
+from emoscale.training.flops import forward_flops, tower_flops
 from emoscale.training.start import start_from
 
 if TYPE_CHECKING:
@@ -93,10 +94,12 @@ def _utterance_flops(built: Built, data: StepData) -> float:
 
 
 def _tcmp(config: RunConfig, corpus: Utterances, encoder: Encoder) -> Built:
-    """Build TCMP: the unified transformer encodes texts and voices by themselves, the dialogue encoder puts them in context."""
-    shape = backbone_shape(config.model, encoder)
-    utterance = UnifiedTransformer(**shape)
-    if config.model.init:
+    """Build TCMP: texts and voices are encoded by themselves, then the dialogue encoder puts them in context."""
+    shape = encoder_shape(config.model, encoder)
+    utterance = utterance_encoder(shape)
+    if isinstance(utterance, PretrainedEncoders):
+        load_towers(config.model, utterance)
+    elif config.model.init:
         start_from(config.model.init, TaskModel(utterance, {}, {}), encoder.text.tokenizer)
     given = {"scale": config.dialogue.scale, "context": config.dialogue.context}
     backbone = DialogueModel(utterance, DialogueEncoder(shape["width"], scale=config.dialogue.scale, context=config.dialogue.context))
@@ -142,6 +145,10 @@ def _dialogue_flops(built: Built, data: StepData) -> float:
     for batch in data.batches:
         sequences: Any = batch.sequences  # type: ignore[attr-defined]  # a DialogueBatch
         lengths = (sequences.cu_seqlens[1:] - sequences.cu_seqlens[:-1]).tolist()
+        if "normalise" in built.shape["utterance"]:
+            half = len(lengths) // 2
+            total += sum(tower_flops(built.shape["utterance"][name], own) for name, own in (("text", lengths[:half]), ("acoustic", lengths[half:])))
+            continue
         total += forward_flops(built.shape["utterance"], lengths, {"visual": 0, "acoustic": len(sequences.acoustic)}, {})
     return total
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from emoscale.batch import Utterance
+from emoscale.codecs import encode_audio, encode_faces
 from emoscale.config import DataError
 from emoscale.prepare.parts import Part, PartStore
 from emoscale.prepare.shards import Statistics, publish, read_utterances, verify, write_shards
@@ -67,6 +68,26 @@ def test_no_teacher_means_no_columns_but_as_many_rows(tmp_path):
     assert_same(given, back)
 
 
+@pytest.mark.parametrize("raw", [("acoustic",), ("visual",), ("acoustic", "visual")])
+def test_raw_modalities_have_columns_of_their_own(raw, tmp_path):
+    faces = np.full((3, 8, 8, 3), 77, np.uint8)
+    given = [utterance(1, 5, 3), utterance(2, 0, 0)]
+    for item in given:
+        if "acoustic" in raw:
+            item.audio, item.acoustic = (encode_audio(np.ones(12, np.float32) / 2) if len(item.acoustic) else b""), item.acoustic[:0]
+        if "visual" in raw:
+            item.faces, item.visual = (encode_faces(faces) if len(item.visual) else b""), item.visual[:0]
+    statistics = Statistics()
+    write_shards(iter(given), WIDTHS, tmp_path / "out", 1 << 26, statistics, raw)
+    back = list(read_utterances(tmp_path / "out"))
+    assert [(item.audio, item.faces, len(item.acoustic), len(item.visual)) for item in back] == [
+        (item.audio, item.faces, len(item.acoustic), len(item.visual)) for item in given
+    ]
+    assert (statistics.counts["without_audio"], statistics.counts["without_face"]) == (1, 1)
+    assert statistics.counts["acoustic_frames"] == (3 if "acoustic" in raw else 5)
+    assert statistics.counts["visual_frames"] == 3
+
+
 def test_a_different_width_is_an_error(tmp_path):
     odd = Utterance(id="odd", acoustic=np.zeros((2, 5), np.float16))
     with pytest.raises(DataError, match="odd: acoustic has 5 values per frame, the corpus has 4"):
@@ -77,7 +98,7 @@ def test_statistics_are_those_of_all_frames():
     utterances = [utterance(i, 3 + i, i) for i in range(20)]
     statistics = Statistics()
     for item in utterances:
-        statistics.add(item)
+        statistics.add(item, WIDTHS)
     frames = np.concatenate([item.acoustic for item in utterances]).astype(np.float64)
     mean, std = statistics.mean_std("acoustic", 4)
     np.testing.assert_allclose(mean, frames.mean(axis=0), rtol=1e-12)
@@ -92,7 +113,7 @@ def test_statistics_are_those_of_all_frames():
 
 def test_a_value_that_never_changes_keeps_its_scale():
     statistics = Statistics()
-    statistics.add(Utterance(id="a", acoustic=np.full((5, 2), 3, np.float16)))
+    statistics.add(Utterance(id="a", acoustic=np.full((5, 2), 3, np.float16)), {"acoustic": 2, "visual": 2})
     assert statistics.mean_std("acoustic", 2) == ([3.0, 3.0], [1.0, 1.0])
     assert statistics.mean_std("visual", 2) == ([0.0, 0.0], [1.0, 1.0])
 
@@ -100,6 +121,7 @@ def test_a_value_that_never_changes_keeps_its_scale():
 def test_parts_come_back_whole(tmp_path):
     store = PartStore(tmp_path)
     utterances = [utterance(0, 5, 2), utterance(1, 0, 3), utterance(2, 0, 0)]
+    utterances[1].audio, utterances[2].faces = b"a\0b", b"c"
     row = {"path": "a.mp4", "status": "done", "reason": None, "utterances": 3, "notes": {}}
     store.write("films/a", Part("key", row, utterances, {"classes": []}))
     for a, b in zip(utterances, store.utterances("films/a"), strict=True):

@@ -1,0 +1,111 @@
+"""Sound and pictures as raw shards store them: FLAC, and JPEGs behind one another."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+
+RATE = 16_000
+"""Samples per second of every stored sound."""
+FULL = 1 << 15
+"""What a sample of 1.0 is in 16 bits; the largest there is one less."""
+QUALITY = 95
+"""Of the JPEGs; their colours are not thinned out."""
+
+
+def encode_audio(wave: np.ndarray) -> bytes:
+    """Give the FLAC (16 bits, mono, 16 kHz) of float [n] in −1 … 1; nothing for no samples.
+
+    Louder samples are limited; those of a 16-bit recording come back as they were.
+    """
+    if not len(wave):
+        return b""
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, np.clip(np.rint(wave * FULL), -FULL, FULL - 1).astype(np.int16), RATE, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
+
+
+def decode_audio(data: bytes) -> np.ndarray:
+    """Give float32 [n] of what `encode_audio` made.
+
+    Raises:
+        ValueError: this is no FLAC of that kind.
+    """
+    if not data:
+        return np.zeros(0, np.float32)
+    import soundfile
+
+    try:
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="int16", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"sound of {len(data)} bytes cannot be decoded ({error})") from error
+    if rate != RATE or samples.shape[1] != 1:
+        raise ValueError(f"sound has {samples.shape[1]} channels at {rate} Hz, one at {RATE} Hz was expected")
+    return samples[:, 0].astype(np.float32) / FULL
+
+
+def count_samples(data: bytes) -> int:
+    """Give how many samples `decode_audio` will give, read from the header."""
+    if not data:
+        return 0
+    import soundfile
+
+    return int(soundfile.info(io.BytesIO(data)).frames)
+
+
+def encode_faces(crops: np.ndarray) -> bytes:
+    """Give uint8 RGB pictures [n, S, S, 3] as JPEGs, each behind its size (4 bytes, little-endian)."""
+    from PIL import Image
+
+    parts: list[bytes] = []
+    for crop in crops:
+        file = io.BytesIO()
+        Image.fromarray(crop, "RGB").save(file, "JPEG", quality=QUALITY, subsampling=0)
+        parts += [struct.pack("<I", file.tell()), file.getvalue()]
+    return b"".join(parts)
+
+
+def decode_faces(data: bytes, limit: int | None = None) -> np.ndarray:
+    """Give uint8 [n, S, S, 3] of what `encode_faces` made, the first `limit` of them; [0, 0, 0, 3] for none.
+
+    Raises:
+        ValueError: the bytes are no such pictures.
+    """
+    from PIL import Image
+
+    pictures = []
+    for number, part in enumerate(_parts(data)):
+        if limit is not None and number >= limit:
+            break
+        try:
+            with Image.open(io.BytesIO(part), formats=["JPEG"]) as picture:
+                pictures.append(np.asarray(picture.convert("RGB")))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"picture {number} cannot be decoded ({error})") from error
+    if len({picture.shape for picture in pictures}) > 1:
+        raise ValueError(f"pictures are of different sizes: {sorted({picture.shape[:2] for picture in pictures})}")
+    return np.stack(pictures) if pictures else np.zeros((0, 0, 0, 3), np.uint8)
+
+
+def count_faces(data: bytes) -> int:
+    """Give how many pictures `decode_faces` will find.
+
+    Raises:
+        ValueError: a size points behind the end.
+    """
+    return sum(1 for _ in _parts(data))
+
+
+def _parts(data: bytes) -> Iterator[bytes]:
+    at = 0
+    while at < len(data):
+        size = struct.unpack_from("<I", data, at)[0] if at + 4 <= len(data) else -1
+        if size < 0 or at + 4 + size > len(data):
+            raise ValueError(f"pictures end within one, {len(data)} bytes of them")
+        yield data[at + 4 : at + 4 + size]
+        at += 4 + size

@@ -1,0 +1,208 @@
+"""Encoders of Hugging Face that train with the rest: one for texts, one for voices, where MEmoBERT has one for all.
+
+They take the packed batch that the unified transformer takes and give the same packed hidden states, so whatever stands on
+top of one stands on top of the other. Padding changes nothing: see each tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+WASTE = 1.25
+"""Sequences share a forward pass while the longest has no more than this many times the tokens of the shortest."""
+EPS = 1e-7
+"""Of wav2vec2's feature extractor."""
+
+
+class PretrainedEncoders(nn.Module):
+    """A text and a speech model of Hugging Face side by side.
+
+    Args:
+        text, acoustic: their configurations, as `transformers` writes them to config.json.
+        normalise: whether the speech model wants each waveform with mean 0 and deviation 1.
+        width: of a hidden state; a model of another width is followed by a linear layer.
+        activation_checkpointing: recompute layers in backward instead of keeping what they computed.
+        rest: what else describes an utterance encoder (`vocabulary`, `positions`, …), not used here.
+
+    Raises:
+        ValueError: a model is of a kind that is not known here.
+    """
+
+    def __init__(
+        self, *, text: dict[str, Any], acoustic: dict[str, Any], normalise: bool, width: int, activation_checkpointing: bool = False, **rest: Any
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.text, self.acoustic = TextTower(text), VoiceTower(acoustic, normalise=normalise)
+        self.text_out, self.acoustic_out = (fitted(tower.width, width) for tower in (self.text, self.acoustic))
+        if activation_checkpointing:
+            for tower in (self.text, self.acoustic):
+                tower.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(
+        self,
+        *,
+        text: Int[Tensor, " w"],
+        text_rows: Int[Tensor, " w"],
+        text_positions: Int[Tensor, " w"],
+        acoustic: Float[Tensor, "a f"],
+        acoustic_rows: Int[Tensor, " a"],
+        acoustic_positions: Int[Tensor, " a"],
+        cu_seqlens: Int[Tensor, " b1"],
+        **other: Any,
+    ) -> Float[Tensor, "t d"]:
+        """Give the hidden state of every packed token; see `UnifiedTransformer.forward`. Faces are not looked at."""
+        words = self.text_out(self.text(text, lengths_of(text_positions)))
+        frames = self.acoustic_out(self.acoustic(acoustic, lengths_of(acoustic_positions)))
+        rows, found = torch.cat([text_rows, acoustic_rows]), torch.cat([words, frames])
+        return found.new_zeros(sum(size.shape[0] for size in (text, acoustic)) + other["visual"].shape[0], self.width).index_copy(0, rows, found)
+
+
+class TextTower(nn.Module):
+    """A text encoder (BERT, RoBERTa, the encoder of T5 …), a bucket of like lengths at a time, padding hidden from attention.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        from transformers import AutoModelForTextEncoding
+
+        self.model: Any = AutoModelForTextEncoding.from_config(read_config(config))
+        without_pooler(self.model)
+        self.width = int(self.model.config.hidden_size)
+
+    @property
+    def words(self) -> nn.Module:
+        """The table of word vectors."""
+        return self.model.get_input_embeddings()
+
+    def forward(self, ids: Int[Tensor, " w"], lengths: Sequence[int]) -> Float[Tensor, "w d"]:
+        """Give the hidden state of every token of texts that lie behind one another."""
+        given = list(ids.split(list(lengths))) or [ids.new_zeros(1)]
+        found: list[Tensor] = [ids] * len(given)
+        for bucket in alike([len(item) for item in given]):
+            padded, real = padded_together([given[i] for i in bucket])
+            hidden = self.model(input_ids=padded, attention_mask=real.long()).last_hidden_state
+            for i, row in zip(bucket, hidden, strict=True):
+                found[i] = row[: len(given[i])]
+        return torch.cat(found)[: len(ids)]
+
+
+class VoiceTower(nn.Module):
+    """A wav2vec2-like model (wav2vec 2.0, HuBERT, WavLM, data2vec) on waveforms cut into frames.
+
+    Convolutions run on each waveform by itself: where they are followed by a group norm over time, as in the base models,
+    padding would change every frame. Attention runs on a bucket of like lengths, padding hidden from it. Each waveform is
+    followed by the few silent samples that give its last frame a window, so frames in are frames out.
+
+    Args:
+        config: of the model.
+        normalise: give each waveform mean 0 and deviation 1 first.
+    """
+
+    def __init__(self, config: dict[str, Any], *, normalise: bool) -> None:
+        super().__init__()
+        from transformers import AutoModel
+
+        # Dropped layers and masked spans differ between ranks, and a part that no rank uses cannot be trained.
+        known = read_config(config | {"layerdrop": 0.0, "mask_time_prob": 0.0, "mask_feature_prob": 0.0})
+        self.model: Any = AutoModel.from_config(known)
+        if not all(hasattr(self.model, part) for part in ("feature_extractor", "feature_projection", "encoder")):
+            raise ValueError(f"{known.model_type} is no wav2vec2-like model; take wav2vec2, hubert, wavlm or data2vec-audio")
+        if getattr(self.model, "adapter", None) is not None:
+            raise ValueError(f"{known.model_type} with an adapter changes the rate of its frames; set add_adapter=false")
+        self.width, self.normalise = int(known.hidden_size), normalise
+        self.hop, self.receptive = strides(known.conv_kernel, known.conv_stride)
+
+    def forward(self, frames: Float[Tensor, "a f"], lengths: Sequence[int]) -> Float[Tensor, "a d"]:
+        """Give one hidden state per frame of waveforms that lie behind one another.
+
+        Raises:
+            ValueError: a frame is not as long as this model's.
+        """
+        if frames.shape[1] != self.hop:
+            raise ValueError(f"voice frames have {frames.shape[1]} samples, {self.model.config.model_type} takes {self.hop}")
+        waves = [item.flatten() for item in frames.split(list(lengths))] or [frames.new_zeros(self.hop)]
+        heard = [self._heard(wave) for wave in waves]
+        found: list[Tensor] = heard[:]
+        for bucket in alike([len(item) for item in heard]):
+            padded, real = padded_together([heard[i] for i in bucket])
+            hidden = self.model.encoder(padded, attention_mask=real).last_hidden_state
+            for i, row in zip(bucket, hidden, strict=True):
+                found[i] = row[: len(heard[i])]
+        return torch.cat(found)[: len(frames)]
+
+    def _heard(self, wave: Float[Tensor, " n"]) -> Float[Tensor, "f d"]:
+        if self.normalise:
+            wave = (wave - wave.mean()) / (wave.var(unbiased=False) + EPS).sqrt()
+        wave = functional.pad(wave, (0, self.receptive - self.hop))
+        projected = self.model.feature_projection(self.model.feature_extractor(wave[None]).transpose(1, 2))
+        return (projected[0] if isinstance(projected, tuple) else projected)[0]
+
+
+def read_config(config: dict[str, Any]) -> Any:
+    """Give the `transformers` configuration that `described` made a dictionary of."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**config)
+
+
+def described(config: Any) -> dict[str, Any]:
+    """Give a `transformers` configuration as JSON keeps it, without what the version in use adds."""
+    kept = config.to_diff_dict()
+    return {name: value for name, value in kept.items() if name not in ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")}
+
+
+def without_pooler(model: Any) -> None:
+    """Remove what looks at the first token alone: a part without a gradient."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+
+
+def fitted(width: int, wanted: int) -> nn.Module:
+    """Give a linear layer from one width to another; nothing where they agree."""
+    return nn.Linear(width, wanted) if width != wanted else nn.Identity()
+
+
+def strides(kernels: Sequence[int], steps: Sequence[int]) -> tuple[int, int]:
+    """Give (samples from one frame to the next, samples one frame sees) of convolutions behind one another."""
+    hop, seen = 1, 1
+    for kernel, step in zip(kernels, steps, strict=True):
+        seen += (kernel - 1) * hop
+        hop *= step
+    return hop, seen
+
+
+def lengths_of(positions: Int[Tensor, " w"]) -> list[int]:
+    """Give the lengths of sequences behind one another from positions that restart at 0 (waits for a GPU once)."""
+    starts = (positions == 0).nonzero().flatten().tolist()
+    return [end - start for start, end in pairwise([*starts, len(positions)])]
+
+
+def alike(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Give the numbers of sequences that share a forward pass, those of like length together."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    bucket: list[int] = []
+    for i in order:
+        if bucket and lengths[i] > WASTE * lengths[bucket[0]]:
+            yield bucket
+            bucket = []
+        bucket.append(i)
+    yield bucket
+
+
+def padded_together(items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Give sequences behind zeros as one tensor [n, l, …], and bool [n, l] for what is real."""
+    sizes = torch.tensor([len(item) for item in items])
+    real = (torch.arange(int(sizes.max())) < sizes[:, None]).to(items[0].device)
+    return pad_sequence(list(items), batch_first=True), real

@@ -1,0 +1,132 @@
+"""From configuration to the module that encodes utterances: the unified transformer, or models of Hugging Face side by side."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from emoscale.config import ConfigError
+from emoscale.data.collate import Encoder
+from emoscale.models.config import ModelConfig, TowerConfig
+from emoscale.models.pretrained import PretrainedEncoders, described, strides
+from emoscale.models.unified import UnifiedTransformer
+from emoscale.training.build import backbone_shape
+
+log = logging.getLogger("emoscale")
+
+
+def utterance_encoder(shape: dict[str, Any]) -> Any:
+    """Build what a shape describes, with random weights."""
+    return PretrainedEncoders(**shape) if "normalise" in shape else UnifiedTransformer(**shape)
+
+
+def encoder_shape(model: ModelConfig, encoder: Encoder) -> dict[str, Any]:
+    """Give the shape that a configuration asks for: of `PretrainedEncoders` where it names encoders, else of `UnifiedTransformer`.
+
+    Raises:
+        ConfigError: one of two encoders is missing, cannot be had, or does not fit the corpus.
+    """
+    shape = backbone_shape(model, encoder)
+    text, acoustic = model.encoders.text, model.encoders.acoustic
+    if not text.given and not acoustic.given:
+        return shape
+    if not text.given or not acoustic.given:
+        raise ConfigError(f"model.encoders: {'text' if acoustic.given else 'acoustic'} is missing; name a source or a type for both, or for neither")
+    if model.init:
+        raise ConfigError("model.init: model.encoders brings its own weights (source); leave one of the two out")
+    words, voice = (tower_config(tower, f"model.encoders.{name}") for name, tower in (("text", text), ("acoustic", acoustic)))
+    if len(encoder.text.tokenizer) > words.vocab_size:
+        raise ConfigError(
+            f"model.encoders.text: knows {words.vocab_size} word pieces, the tokenizer has {len(encoder.text.tokenizer)}; "
+            f"set data.tokenizer={text.source or '<its tokenizer>'}, or options.vocab_size where weights are random"
+        )
+    if not hasattr(voice, "conv_stride"):
+        raise ConfigError(f"model.encoders.acoustic: {voice.model_type} reads no waveform; take a wav2vec2-like model")
+    hop, _ = strides(voice.conv_kernel, voice.conv_stride)
+    if encoder.acoustic.width != hop:
+        raise ConfigError(
+            f"model.encoders.acoustic: one frame is {hop} samples, the corpus has {encoder.acoustic.width} values per frame; "
+            f"prepare it with preprocess.acoustic.encoder=waveform preprocess.acoustic.frame_s={hop / 16_000:g}"
+        )
+    kept = {key: shape[key] for key in ("vocabulary", "visual_width", "acoustic_width", "positions", "dropout", "activation_checkpointing")}
+    return kept | {"width": int(words.hidden_size), "text": described(words), "acoustic": described(voice), "normalise": _normalises(acoustic)}
+
+
+def load_towers(model: ModelConfig, encoders: PretrainedEncoders) -> None:
+    """Load the weights of every source and freeze what the configuration says.
+
+    Raises:
+        ConfigError: weights cannot be loaded or are of another shape, or nothing is called as `freeze` says.
+    """
+    for name, tower in (("text", model.encoders.text), ("acoustic", model.encoders.acoustic)):
+        module = getattr(encoders, name).model
+        if tower.source:
+            load_weights(tower, module, f"model.encoders.{name}")
+        freeze(tower, module, f"model.encoders.{name}")
+
+
+def tower_config(tower: TowerConfig, key: str) -> Any:
+    """Read the `transformers` configuration of an encoder.
+
+    Raises:
+        ConfigError: there is none by that name, or an option is not one of its kind.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(tower.source) if tower.source else AutoConfig.for_model(tower.type)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: {tower.source or tower.type}: no configuration of transformers ({str(error).strip().splitlines()[0]})") from error
+    unknown = [name for name in tower.options if not hasattr(config, name)]
+    if unknown:
+        raise ConfigError(f"{key}.options: {config.model_type} has no {', '.join(unknown)}")
+    config.update(tower.options)
+    return config
+
+
+def load_weights(tower: TowerConfig, module: nn.Module, key: str) -> None:
+    """Load an encoder's published weights into its module.
+
+    Raises:
+        ConfigError: they cannot be loaded, or one is missing or of another shape.
+    """
+    try:
+        theirs = type(module).from_pretrained(tower.source).float().state_dict()  # type: ignore[attr-defined]  # a transformers model
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: {tower.source} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    own = module.state_dict()
+    wrong = [name for name in own if name not in theirs or theirs[name].shape != own[name].shape]
+    if wrong:
+        raise ConfigError(f"{key}: {tower.source} is of another shape ({len(wrong)} weights differ, first {wrong[0]}); leave such options out")
+    module.load_state_dict({name: theirs[name] for name in own})
+    log.info("%s: %s loaded", key, tower.source)
+
+
+def freeze(tower: TowerConfig, module: nn.Module, key: str) -> None:
+    """Keep the parameters whose names begin as `freeze` says from being trained.
+
+    Raises:
+        ConfigError: no name begins so.
+    """
+    for beginning in tower.freeze:
+        chosen = [value for name, value in module.named_parameters() if name.startswith(beginning)]
+        if not chosen:
+            names = sorted({".".join(name.split(".")[:2]) for name, _ in module.named_parameters()})
+            raise ConfigError(f"{key}.freeze: no parameter begins with {beginning!r}; they begin with {', '.join(names[:12])}")
+        for value in chosen:
+            value.requires_grad_(False)
+
+
+def _normalises(tower: TowerConfig) -> bool:
+    """Tell whether a speech model was trained on waveforms of mean 0 and deviation 1; those with random weights are."""
+    from transformers import AutoFeatureExtractor
+
+    if not tower.source:
+        return True
+    try:
+        return bool(getattr(AutoFeatureExtractor.from_pretrained(tower.source), "do_normalize", True))
+    except (OSError, ValueError):
+        log.warning("model.encoders.acoustic: %s has no preprocessor_config.json; waveforms are given mean 0 and deviation 1", tower.source)
+        return True

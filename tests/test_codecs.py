@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emoscale.codecs import count_faces, count_samples, decode_audio, decode_faces, encode_audio, encode_faces
+
+
+@pytest.mark.parametrize("count", [1, 320, 16_001])
+def test_a_recording_of_16_bits_comes_back_as_it_was(count: int) -> None:
+    samples = np.random.default_rng(0).integers(-(1 << 15), 1 << 15, count)
+    wave = (samples / (1 << 15)).astype(np.float32)
+    data = encode_audio(wave)
+    assert data[:4] == b"fLaC"
+    assert count_samples(data) == count
+    np.testing.assert_array_equal(decode_audio(data), wave)
+
+
+def test_louder_sound_is_limited() -> None:
+    np.testing.assert_allclose(decode_audio(encode_audio(np.array([2.0, -2.0, 0.5], np.float32))), [1 - 2**-15, -1.0, 0.5])
+
+
+def test_nothing_is_nothing() -> None:
+    assert encode_audio(np.zeros(0, np.float32)) == b""
+    assert decode_audio(b"").shape == (0,)
+    assert count_samples(b"") == 0
+    assert encode_faces(np.zeros((0, 8, 8, 3), np.uint8)) == b""
+    assert decode_faces(b"").shape == (0, 0, 0, 3)
+    assert count_faces(b"") == 0
+
+
+def pictures(count: int, side: int = 32) -> np.ndarray:
+    """Draw smooth pictures, as faces are."""
+    y, x = np.mgrid[:side, :side] / side
+    waves = [np.stack([np.sin(3 * x + i), np.cos(2 * y + i), x * y], -1) for i in range(count)]
+    return (127 + 100 * np.stack(waves)).astype(np.uint8)
+
+
+def test_pictures_come_back_nearly_and_in_order() -> None:
+    given = pictures(5)
+    data = encode_faces(given)
+    assert count_faces(data) == 5
+    back = decode_faces(data)
+    assert back.dtype == np.uint8
+    assert np.abs(back.astype(int) - given).max() <= 6
+    np.testing.assert_array_equal(decode_faces(data, 2), back[:2])
+
+
+def test_what_is_no_sound_is_an_error() -> None:
+    import soundfile
+
+    with pytest.raises(ValueError, match="sound of 7 bytes cannot be decoded"):
+        decode_audio(b"nothing")
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros((10, 2)), 8000, format="FLAC")
+    with pytest.raises(ValueError, match="2 channels at 8000 Hz"):
+        decode_audio(file.getvalue())
+
+
+def test_what_are_no_pictures_is_an_error() -> None:
+    data = encode_faces(pictures(2))
+    with pytest.raises(ValueError, match="pictures end within one"):
+        decode_faces(data[:-3])
+    with pytest.raises(ValueError, match="pictures end within one"):
+        count_faces(data + b"ab")
+    broken = bytearray(data)
+    broken[4:12] = b"notajpeg"
+    with pytest.raises(ValueError, match="picture 0 cannot be decoded"):
+        decode_faces(bytes(broken))
+    with pytest.raises(ValueError, match="different sizes"):
+        decode_faces(encode_faces(pictures(1)) + encode_faces(pictures(1, 16)))
+
+
+def test_only_jpegs_are_opened() -> None:
+    """Whoever writes a shard does not choose which of Pillow's decoders runs."""
+    file = io.BytesIO()
+    Image.fromarray(pictures(1)[0]).save(file, "PNG")
+    with pytest.raises(ValueError, match="picture 0 cannot be decoded"):
+        decode_faces(file.tell().to_bytes(4, "little") + file.getvalue())

@@ -1,0 +1,132 @@
+"""Hugging Face encoders in a run: built from a configuration, trained, resumed, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel
+
+import emoscale
+from emoscale.config import ConfigError, load
+from emoscale.data.synthetic import Synthetic
+from emoscale.models.config import TowerConfig
+from emoscale.models.pretrained import TextTower, described
+from emoscale.training import checkpoint
+from emoscale.training.encoders import freeze, load_weights, tower_config
+from emoscale.training.export import export
+from emoscale.training.run import RunConfig, check, pretrain
+from tests.corpora import HOP, recorded, write_corpus
+from tests.data.test_dialogues import Talks
+from tests.models.test_pretrained import TEXTS, VOICE
+
+BERT = TEXTS["bert"] | {"vocab_size": 100, "max_position_embeddings": 40}
+WORDS = [
+    "system=tcmp", "model.size=tiny", "dialogue.length=5", "dialogue.stride=3", "data.global_batch=4", "data.max_tokens=20000", "data.workers=0",
+    "run.precision=fp32", "run.threads=1", "run.log_every=1", "run.save_every=2", "run.keep=4", "optim.warmup=0", "optim.lr=1e-3",
+    "dialogue.candidates=4", f"model.encoders.text={{type: bert, options: {json.dumps(BERT)}}}",
+    f"model.encoders.acoustic={{type: hubert, options: {json.dumps(VOICE)}}}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dialogues with raw voices and faces; some utterances have no voice, some no text."""
+    talks = Talks(Synthetic(32, visual_width=6, acoustic_width=5, expressions=0), {name: 10 for name in "abcd"})
+    return write_corpus(tmp_path_factory.mktemp("raw") / "corpus", *recorded(talks.items, talks.manifest))
+
+
+def config_of(corpus: Path, folder: Path, *words: str) -> RunConfig:
+    return load(RunConfig, None, [*WORDS, f"data.corpora=[{corpus}]", f"run.output={folder}", "run.steps=4", *words])
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_encoders_train_resume_and_export(corpus: Path, tmp_path: Path) -> None:
+    whole = config_of(corpus, tmp_path / "whole")
+    check(whole)
+    newest = checkpoint.load(pretrain(whole))
+    assert len(losses(tmp_path / "whole")) == 4
+    first = checkpoint.load(tmp_path / "whole/checkpoints/step_00000002")
+    for part in ("text.model", "acoustic.model.feature_extractor", "acoustic.model.encoder"):
+        names = [name for name in first.weights if name.startswith(f"backbone.utterance.{part}")]
+        assert names
+        assert any(not torch.equal(first.weights[name], newest.weights[name]) for name in names), f"{part} is not trained"
+    again = Path(shutil.copytree(tmp_path / "whole", tmp_path / "again"))
+    shutil.rmtree(again / "checkpoints/step_00000004")
+    resumed = checkpoint.load(pretrain(config_of(corpus, again)))
+    assert all(torch.equal(value, resumed.weights[name]) for name, value in newest.weights.items())
+    out = export(tmp_path / "whole", tmp_path / "model")
+    model = emoscale.load(str(out))
+    assert model.model.backbone.utterance.text.model.config.vocab_size == 100
+
+
+def test_a_frozen_part_stays_and_groups_have_their_own_rate(corpus: Path, tmp_path: Path) -> None:
+    words = ["model.encoders.acoustic.freeze=[feature_extractor]", "optim.factors={backbone.utterance.text.: 1e-6}", "run.save_every=1"]
+    pretrain(config_of(corpus, tmp_path / "run", *words))
+    first, last = (checkpoint.load(tmp_path / f"run/checkpoints/step_0000000{n}").weights for n in (1, 4))
+
+    def change(part: str) -> float:
+        return max(float((last[name] - first[name]).abs().max()) for name in first if name.startswith(f"backbone.utterance.{part}"))
+
+    assert change("acoustic.model.feature_extractor") == 0.0
+    assert 0.0 < change("text.model") < 1e-7
+    assert change("acoustic.model.encoder") > 1e-4
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["model.encoders.acoustic={type: '', options: {}}"], "model.encoders: acoustic is missing"),
+    (["model.encoders.text.options.vocab_size=7"], "knows 7 word pieces, the tokenizer has"),
+    (["model.encoders.text.type=bart-nothing"], "model.encoders.text: bart-nothing: no configuration"),
+    (["model.encoders.text.options.widht=3"], "model.encoders.text.options: bert has no widht"),
+    (["model.encoders.acoustic.options.conv_stride=[5, 2, 2]"], "one frame is 20 samples, the corpus has 40"),
+    (["model.encoders.text.freeze=[nothing]"], "no parameter begins with 'nothing'; they begin with embeddings"),
+    (["model.init=somewhere"], "model.encoders brings its own weights"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(corpus: Path, tmp_path: Path, words: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check(config_of(corpus, tmp_path / "run", *words))
+
+
+def test_a_model_that_reads_no_waveform_is_refused(corpus: Path, tmp_path: Path) -> None:
+    words = [word for word in WORDS if "acoustic" not in word]
+    config = load(RunConfig, None, [*words, "model.encoders.acoustic={type: bert}", f"data.corpora=[{corpus}]", f"run.output={tmp_path}", "run.steps=4"])
+    with pytest.raises(ConfigError, match="bert reads no waveform"):
+        check(config)
+
+
+def test_published_weights_are_loaded_whole(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = BertModel(BertConfig(**BERT))
+    model.save_pretrained(tmp_path / "bert")
+    tower = TowerConfig(source=str(tmp_path / "bert"), freeze=["embeddings"])
+    module = TextTower(described(tower_config(tower, "here"))).model
+    load_weights(tower, module, "here")
+    freeze(tower, module, "here")
+    ids = torch.randint(5, 100, (2, 9))
+    torch.testing.assert_close(module.eval()(input_ids=ids).last_hidden_state, model.eval()(input_ids=ids).last_hidden_state)
+    assert not any(value.requires_grad for value in module.embeddings.parameters())
+    assert all(value.requires_grad for value in module.encoder.parameters())
+    with pytest.raises(ConfigError, match="is of another shape"):
+        load_weights(tower, AutoModel.from_config(AutoConfig.for_model("bert", **BERT | {"intermediate_size": 64}), add_pooling_layer=False), "here")
+
+
+def test_source_and_type_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="give one of the two"):
+        TowerConfig(source="a", type="bert").validate()
+    assert VOICE["conv_stride"][0] * VOICE["conv_stride"][1] * VOICE["conv_stride"][2] == HOP
+
+
+def test_masks_of_the_published_recipe_are_off() -> None:
+    """SpecAugment would draw on the host, other on every rank."""
+    from emoscale.models.pretrained import VoiceTower
+
+    tower = VoiceTower(described(AutoConfig.for_model("wav2vec2", **VOICE)), normalise=True)
+    found: Any = tower.model.config
+    assert (found.layerdrop, found.mask_time_prob, found.mask_feature_prob) == (0.0, 0.0, 0.0)
