@@ -104,6 +104,45 @@ def inf_cl(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def _each_way(classify: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Give the loss made of two classifications per pair of modalities: whoever fuses scores with cross-entropy does one at a time."""
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        own = torch.arange(x.shape[1], device=x.device)
+        losses = []
+        for left, right in zip(x, y, strict=True):
+            scaled = scale.to(x.dtype)
+            losses.append((classify(scaled * left, right.contiguous(), own) + classify(scaled * right, left.contiguous(), own)) / 2)
+        return torch.stack(losses).mean()
+
+    return loss
+
+
+def torch_chunked(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Call PyTorch's own (from 2.13), in chunks."""
+    return F.linear_cross_entropy(x, weight, target, options=torch.nn.LinearCrossEntropyOptions())  # type: ignore[attr-defined]  # newer than the oldest we take
+
+
+def liger(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Call Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989)."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
+
+    return LigerFusedLinearCrossEntropyLoss()(weight, x, target)
+
+
+def cut(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Call Apple's cut cross-entropy (arXiv:2411.09009)."""
+    from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
+
+    return linear_cross_entropy(x, weight, target)
+
+
+PEERS: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "inf-cl": ("inf_cl", inf_cl), "liger": ("liger_kernel", _each_way(liger)), "cut cross-entropy": ("cut_cross_entropy", _each_way(cut)),
+}  # fmt: skip
+"""Name → package, and how it is called; on a GPU, where it is installed."""
+
+
 def competitors(inputs: Inputs, *, compiled: bool = False) -> dict[str, Step]:
     """Give what can be timed here, by name: our implementations but for the reference, then the others.
 
@@ -113,8 +152,10 @@ def competitors(inputs: Inputs, *, compiled: bool = False) -> dict[str, Step]:
     rivals: dict[str, Callable[..., Tensor]] = {"eager cross_entropy": cross_entropy, "eager logsumexp": logsumexp}
     if compiled:
         rivals["torch.compile"] = torch.compile(cross_entropy, mode="max-autotune-no-cudagraphs", dynamic=False)
-    if inputs.x.is_cuda and importlib.util.find_spec("inf_cl") is not None:
-        rivals["inf-cl"] = inf_cl
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        rivals["torch chunked"] = _each_way(torch_chunked)
+    if inputs.x.is_cuda:
+        rivals |= {name: loss for name, (package, loss) in PEERS.items() if importlib.util.find_spec(package) is not None}
     run = {}
     for impl, state in OP.explain(inputs.x, inputs.y, False).items():
         if impl != "reference" and state in ("taken", "available") and (inputs.x.is_cuda or impl != "triton"):
