@@ -64,7 +64,7 @@ def write_corpus(folder: Path, utterances: list[Utterance] | Synthetic, manifest
     return folder
 
 
-def add_to_corpus(folder: Path, utterances: Synthetic, shard_bytes: int = 1 << 18) -> Path:
+def add_to_corpus(folder: Path, utterances: list[Utterance] | Synthetic, shard_bytes: int = 1 << 18) -> Path:
     """Add the utterances that are not there yet, in shards behind those that stand, as `emoscale prepare` does."""
     manifest = json.loads((folder / "manifest.json").read_text())
     index = json.loads((folder / "index.json").read_text())

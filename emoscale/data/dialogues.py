@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
@@ -97,16 +98,21 @@ class Windows:
         same_speaker: only targets whose speaker is that of the utterance two before, as TCMP's §3.1 has it; unknown speakers
             count as the same.
         shuffle: deal the utterances over all places of all dialogues by this seed: what a control learns from. None: as spoken.
+        stages: utterances that the corpus held before each time it grew. No window crosses such a border, and those before it
+            keep their numbers.
 
     Raises:
         DataError: no dialogue has three utterances.
     """
 
-    def __init__(self, corpus: Sequence[Utterance] | Any, length: int = 11, stride: int = 5, *, same_speaker: bool = True, shuffle: int | None = None) -> None:
+    def __init__(
+        self, corpus: Sequence[Utterance] | Any, length: int = 11, stride: int = 5, *, same_speaker: bool = True, shuffle: int | None = None,
+        stages: Sequence[int] = (),
+    ) -> None:
         self.length, self.stride, self.same_speaker = length, stride, same_speaker
         items = (corpus[number] for number in range(len(corpus)))
         self.known = [Spoken(item.dialogue or item.id, item.id.rpartition("#")[0], item.speaker) for item in items]
-        numbered = groupby(enumerate(self.known), key=lambda pair: pair[1].dialogue)
+        numbered = groupby(enumerate(self.known), key=lambda pair: (pair[1].dialogue, bisect_right(stages, pair[0])))
         places = np.arange(len(self.known)) if shuffle is None else np.random.default_rng(shuffle & SEED).permutation(len(self.known))
         dialogues = [[int(places[number]) for number, _ in members] for _, members in numbered]
         # A shift of up to stride − 1 must leave every window a source, a response and a target.
@@ -115,6 +121,11 @@ class Windows:
         ]
         if not self._windows:
             raise DataError("no dialogue has three utterances; dialogues come from gaps in subtitles, or from `dialogue` in a manifest")
+        ends = np.array([members[-1] for members, _ in self._windows])
+        self.held: dict[int, int] = {}
+        """Windows → utterances, at each stage and at last; where a stage brought no window, those before it."""
+        for count in (*stages, len(self.known)) if shuffle is None else (len(self.known),):
+            self.held.setdefault(int((ends < count).sum()), count)
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -133,21 +144,27 @@ class Windows:
         speakers = {self.known[one].speaker, self.known[other].speaker}
         return len(speakers) == 1 or "" in speakers
 
-    def noise(self, members: Sequence[int], count: int, *, seed: int, turn: int, number: int) -> list[int]:
+    def noise(self, members: Sequence[int], count: int, *, seed: int, turn: int, number: int, among: int | None = None) -> list[int]:
         """Draw different utterances of other films (of other dialogues, where there is one film), the same for the same arguments.
+
+        Args:
+            members: of the window that they are no part of.
+            count: how many.
+            seed, turn, number: of the run, the pass and the window.
+            among: only of the first so many utterances, those that a corpus held before it grew.
 
         Raises:
             DataError: there are not enough.
         """
-        own = self.known[members[0]]
-        elsewhere = (lambda other: other.film != own.film) if any(item.film != own.film for item in self.known) else (lambda other: other.dialogue != own.dialogue)
+        own, drawable = self.known[members[0]], self.known[:among]
+        elsewhere = (lambda other: other.film != own.film) if any(item.film != own.film for item in drawable) else (lambda other: other.dialogue != own.dialogue)
         found: dict[int, None] = {}
         key, tries = key_of(seed, "noise", turn, number), 64 * count
         counters = np.arange(tries, dtype=np.int64)
         words, *_ = philox(counters, counters * 0 + (key & WORD), counters * 0 + (key >> 32), counters * 0, seed & SEED)
         for word in words.tolist():
-            drawn = word * len(self.known) >> 32
-            if len(found) < count and elsewhere(self.known[drawn]):
+            drawn = word * len(drawable) >> 32
+            if len(found) < count and elsewhere(drawable[drawn]):
                 found[drawn] = None
         if len(found) < count:
             raise DataError(f"dialogue.candidates: {count} utterances of other films than {own.film!r} are wanted, {len(found)} were found; lower it")
@@ -235,7 +252,7 @@ class DialogueSteps(Steps):
         for place in range(step * self.global_batch + self.rank, (step + 1) * self.global_batch, self.world):
             turn, number = self.order.at(place)
             members = self.windows.at(number, turn)
-            noise = self.windows.noise(members, self.candidates - 1, seed=self.seed, turn=turn, number=number) if self.candidates > 1 else []
+            noise = self._noise(members, place, turn, number) if self.candidates > 1 else []
             taken.append(([self._one(n, turn, skipped) for n in members], self.windows.asked(members), [self._one(n, turn, skipped) for n in noise]))
         groups = _within(taken, self.max_tokens)
         if self.whole and len(groups) > 1:
@@ -243,6 +260,11 @@ class DialogueSteps(Steps):
         nothing = [self._nothing_to_say()]
         batches = [pack_windows(*zip(*group, strict=True)) for group in groups] or [pack_windows([nothing], [[]], [[]])]
         return StepData(step, batches, skipped)  # type: ignore[arg-type]  # the loop asks of a batch what both kinds have
+
+    def _noise(self, members: list[int], place: int, turn: int, number: int) -> list[int]:
+        """Draw among what was there when the pass began: a resumed pass must draw as it did."""
+        among = self.windows.held.get(self.order.known(place)) if isinstance(self.order, Order) else None
+        return self.windows.noise(members, self.candidates - 1, seed=self.seed, turn=turn, number=number, among=among)
 
     def _one(self, number: int, turn: int, skipped: list[str]) -> Encoded:
         """Encode an utterance; one whose features are not finite keeps its place with its text alone, and is named."""

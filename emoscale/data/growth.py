@@ -57,7 +57,7 @@ def stages_of(known: Sequence[dict[str, Any]], corpora: Sequence[Corpus], place:
 
 def joined(parts: Sequence[Corpus | Selected], stages: Sequence[Stage]) -> Utterances:
     """Put all corpora behind one numbering, in which what was known earlier stands first."""
-    return parts[0] if len(parts) == 1 else Joined(parts, _counts(parts, stages)[:-1])
+    return parts[0] if len(parts) == 1 else Joined(parts, counts_of(parts, stages)[:-1])
 
 
 def sequence(parts: Sequence[Corpus | Selected], stages: Sequence[Stage], seed: int, *, weights: Sequence[float] = (), block: int = 1 << 16) -> Order | Mixture:
@@ -70,7 +70,7 @@ def sequence(parts: Sequence[Corpus | Selected], stages: Sequence[Stage], seed: 
         weights: how often each corpus is drawn; empty = each utterance of any corpus once per pass.
         block: see `Order`.
     """
-    counts = _counts(parts, stages)
+    counts = counts_of(parts, stages)
     grown = list(zip([stage.place for stage in stages], counts, strict=True))[1:]
     if not weights:
         return Order(sum(counts[0]), seed, block, [(place, sum(more)) for place, more in grown])
@@ -80,5 +80,6 @@ def sequence(parts: Sequence[Corpus | Selected], stages: Sequence[Stage], seed: 
     return Mixture(counts[0], weights, seed, whole.number, block, grown)
 
 
-def _counts(parts: Sequence[Corpus | Selected], stages: Sequence[Stage]) -> list[list[int]]:
+def counts_of(parts: Sequence[Corpus | Selected], stages: Sequence[Stage]) -> list[list[int]]:
+    """Give, for each stage, how many utterances of each corpus are trained on."""
     return [[part.within(count) for part, count in zip(parts, stage.counts, strict=True)] for stage in stages]

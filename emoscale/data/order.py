@@ -42,6 +42,10 @@ class Order:
             self._stages.append((first + passes * had, turn + passes, more))
         self._firsts = [first for first, _, _ in self._stages]
 
+    def known(self, place: int) -> int:
+        """Give how many utterances the pass at a place is over."""
+        return self._stages[bisect_right(self._firsts, place) - 1][2]
+
     def at(self, place: int) -> tuple[int, int]:
         """Give (pass, utterance number) at a place."""
         first, before, count = self._stages[bisect_right(self._firsts, place) - 1]

@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from emoscale.batch import MODALITIES
 from emoscale.config import ConfigError, DataError
 from emoscale.data.collate import Encoder
-from emoscale.data.growth import Stage, joined, sequence, stages_of
+from emoscale.data.growth import Stage, counts_of, joined, sequence, stages_of
 from emoscale.data.order import Mixture, Order
 from emoscale.data.remote import RemoteCorpus, local_folder
 from emoscale.data.streams import Corpus, Selected, Shuffled, Utterances
@@ -95,6 +95,8 @@ class Opened:
     """The training sequence."""
     stages: list[Stage]
     """What was known of the corpora, and when."""
+    known: list[int]
+    """Utterances trained on in each of these stages."""
 
 
 def open_corpora(data: DataConfig, seed: int, known: Sequence[dict[str, Any]] = (), place: int = 0) -> Opened:
@@ -119,7 +121,8 @@ def open_corpora(data: DataConfig, seed: int, known: Sequence[dict[str, Any]] = 
     parts = [Selected(corpus, data.only, held_out, data.fraction) if chosen else corpus for corpus in corpora]
     whole = joined(parts, stages)
     order = sequence(parts, stages, seed, weights=data.weights, block=data.block)
-    return Opened(Shuffled(whole, seed) if data.shuffle_modalities else whole, order, stages)
+    known = [sum(counts) for counts in counts_of(parts, stages)]
+    return Opened(Shuffled(whole, seed) if data.shuffle_modalities else whole, order, stages, known)
 
 
 def open_all(data: DataConfig) -> list[Corpus]:

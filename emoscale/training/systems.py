@@ -129,13 +129,17 @@ def read_dialogue_objectives(objectives: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dialogue_steps(config: RunConfig, opened: Opened, built: Built, world: distributed.World) -> Steps:
-    if len(opened.stages) > 1:
-        raise ConfigError("data.corpora: one has grown, and windows are numbered by all dialogues; start a new run (run.output, model.init=the old one)")
+    if config.data.weights:
+        raise ConfigError("data.weights: windows of all corpora are drawn alike; leave it out")
+    if len(opened.stages) > 1 and config.dialogue.shuffle:
+        raise ConfigError("data.corpora: one has grown, and dialogue.shuffle would deal its utterances anew; choose another run.output")
     windows = Windows(opened.utterances, config.dialogue.length, config.dialogue.stride, same_speaker=config.dialogue.same_speaker,
-                      shuffle=config.run.seed if config.dialogue.shuffle else None)  # fmt: skip
+                      shuffle=config.run.seed if config.dialogue.shuffle else None, stages=opened.known[:-1])  # fmt: skip
+    noticed = {count: stage.place for stage, count in zip(reversed(opened.stages), reversed(opened.known), strict=True)}
+    first, *grown = [(noticed[utterances], held) for held, utterances in windows.held.items()]
     return DialogueSteps(
-        opened.utterances, Order(len(windows), config.run.seed, config.data.block), built.encoder, windows, candidates=config.dialogue.candidates,
-        seed=config.run.seed, withhold=config.dialogue.withhold, whole=any(task.over_all_ranks for task in built.model.tasks.values()),  # type: ignore[union-attr]  # all are tasks
+        opened.utterances, Order(first[1], config.run.seed, config.data.block, grown), built.encoder, windows,
+        candidates=config.dialogue.candidates, seed=config.run.seed, withhold=config.dialogue.withhold, whole=any(task.over_all_ranks for task in built.model.tasks.values()),  # type: ignore[union-attr]  # all are tasks
         global_batch=config.data.global_batch, max_tokens=config.data.max_tokens, rank=world.rank, world=world.size,
     )
 

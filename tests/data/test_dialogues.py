@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -192,3 +194,42 @@ def test_shuffled_utterances_are_all_there_and_follow_from_nothing(talks: Talks)
     assert members(control) == members(Windows(talks, 5, 5, shuffle=3)) != members(Windows(talks, 5, 5, shuffle=4))
     together = [len({talks[number].dialogue for number in window}) for window in members(control)]
     assert max(together) > 1
+
+
+def grown(synthetic: Synthetic) -> tuple[Talks, Talks]:
+    """Give dialogues, and the same with more behind them; the last old one seems to go on."""
+    before, after = Talks(synthetic, {"a": 7, "b": 6}), Talks(synthetic, {"a": 7, "b": 6, "c": 8, "d": 5})
+    for item in after.items[13:15]:
+        item.id, item.dialogue = item.id.replace("c#", "b#1"), "b/0"
+    return before, after
+
+
+def test_windows_keep_their_numbers_when_a_corpus_grows(synthetic: Synthetic) -> None:
+    before, after = grown(synthetic)
+    old, new = Windows(before, 5, 3), Windows(after, 5, 3, stages=[13])
+    assert new.held == {len(old): 13, len(new): 26}
+    assert len(new) > len(old)
+    for number, turn in itertools.product(range(len(old)), range(4)):
+        assert new.at(number, turn) == old.at(number, turn)
+    assert {member for number in range(len(old), len(new)) for member in new.at(number, 0)} <= set(range(13, 26))
+
+
+def test_a_stage_without_windows_changes_nothing(synthetic: Synthetic) -> None:
+    talks = Talks(synthetic, {"a": 7, "b": 2})
+    assert Windows(talks, 5, 3, stages=[7]).held == Windows(Talks(synthetic, {"a": 7}), 5, 3).held
+
+
+def test_a_pass_begun_before_a_corpus_grew_ends_as_it_began(synthetic: Synthetic, encoder: Encoder) -> None:
+    before, after = grown(synthetic)
+    old, new = Windows(before, 5, 3), Windows(after, 5, 3, stages=[13])
+    options = {"encoder": encoder, "candidates": 4, "seed": 5, "global_batch": 1, "max_tokens": 10_000, "rank": 0, "world": 1}
+    alone = DialogueSteps(before, Order(len(old), 5), windows=old, **options)
+    noticed = len(old) + 1  # within the second pass
+    resumed = DialogueSteps(after, Order(len(old), 5, grown=[(noticed, len(new))]), windows=new, **options)
+    for step in range(2 * len(old)):
+        mine, wanted = resumed[step].batches[0], alone[step].batches[0]
+        assert mine.ids == wanted.ids
+        assert torch.equal(mine.sequences.text, wanted.sequences.text)
+        assert torch.equal(mine.targets["text_search"].values, wanted.targets["text_search"].values)
+    later = {owner for step in range(2 * len(old), 2 * len(old) + len(new)) for owner in resumed[step].batches[0].ids}
+    assert any(name.startswith("d#") for name in later)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from emoscale.data.streams import Corpus
 from emoscale.data.synthetic import Synthetic
 from emoscale.serving.evaluate import EvaluateConfig, evaluate
 from emoscale.training.finetune import FinetuneConfig, _made_from, _prepare, check
-from tests.corpora import write_corpus
+from tests.corpora import add_to_corpus, write_corpus
 from tests.data.test_dialogues import Talks
 from tests.training.forks import Forks
 from tests.training.runs import RECIPE, STEPS, Runs, assert_same_run, rows, wait_for_step
@@ -98,6 +99,23 @@ def test_a_killed_run_goes_on_bit_equal(runs: Runs, tmp_path: Path, world: int, 
     ranks.wait()
     runs.start(folder, *TCMP, *words, world=world).succeed()
     assert_same_run(folder, runs.unbroken(*TCMP, *words, world=world))
+
+
+def test_a_run_goes_on_with_dialogues_that_came_later(runs: Runs, tmp_path: Path) -> None:
+    words, folder = [*TCMP, *PART, "run.save_every=2"], tmp_path / "run"
+    corpus = Path(shutil.copytree(runs.corpus, tmp_path / "corpus"))
+    runs.start(folder, *words, "run.steps=4", corpus=corpus).succeed()
+    runs.start(tmp_path / "control", *words, "run.steps=2", "dialogue.shuffle=true", corpus=corpus).succeed()
+    before, count = rows(folder), len(Corpus(corpus))
+    more = Talks(Synthetic(48, visual_width=6, acoustic_width=5, expressions=0, seed=9), dict.fromkeys("zyx", 11))
+    known = [Corpus(corpus)[number] for number in range(count)]
+    add_to_corpus(corpus, [*known, *more.items])
+    shutil.rmtree(folder / "checkpoints/step_00000004")
+    assert f"corpora have grown: [{count}] → [{count + 33}] utterances" in runs.start(folder, *words, "run.steps=4", corpus=corpus).succeed()
+    assert rows(folder)[:3] == before[:3], "the pass in progress ends without them"
+    ranks = runs.start(tmp_path / "control", *words, "run.steps=2", "dialogue.shuffle=true", corpus=corpus)
+    assert ranks.wait() == [2]
+    assert "dialogue.shuffle would deal its utterances anew" in ranks.output()
 
 
 def test_held_out_dialogues_are_searched_run_beside_run(runs: Runs, tmp_path: Path) -> None:
