@@ -12,9 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emoscale.codecs import decode_audio, decode_faces
 from emoscale.config import ConfigError, DataError, load
+from emoscale.data.streams import Corpus
+from emoscale.data.tokens import Features
+from emoscale.prepare import media
+from emoscale.prepare.container import probe
+from emoscale.prepare.extract import Extractor
 from emoscale.prepare.pipeline import PrepareConfig, SkippedInputsError, Summary, prepare
 from emoscale.prepare.shards import read_utterances, verify
+from emoscale.prepare.sources import find
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +81,32 @@ def test_a_corpus_tells_all_about_itself(films, tmp_path):
     assert all(row["status"] == "done" and row["notes"]["too_short"] == 1 for row in rows.values())
     assert any("visual-emotion objective will be off" in line for line in summary.lines)
     assert "utterances" in summary.table()
+
+
+RAW = ["preprocess.acoustic.encoder=waveform", "preprocess.acoustic.frame_s=0.02", "preprocess.acoustic.max_frames=500", "preprocess.visual.encoder=crops"]
+
+
+def test_voices_are_kept_as_they_sound(films, tmp_path):
+    """Raw shards hold the samples that the decoder gave, and training reads those."""
+    run(films, tmp_path / "out", *RAW)
+    manifest = verify(tmp_path / "out")
+    assert (manifest["kind"], manifest["acoustic"]["raw"], manifest["visual"]["raw"]) == ("raw", "audio", "faces")
+    assert manifest["acoustic"].items() >= {"width": 320, "max_frames": 500}.items()
+    assert "mean" not in manifest["acoustic"]
+    corpus = Corpus(tmp_path / "out")
+    item = corpus[0]
+    assert len(item.acoustic) == len(item.visual) == 0
+    with media.AudioReader(probe(films / "s0/film_0.mp4")) as sound:
+        heard = sound.between(0.2, 1.7)
+    kept = decode_audio(item.audio)
+    assert len(kept) == len(heard) // 320 * 320
+    assert np.abs(kept - heard[: len(kept)]).max() <= 2**-16
+    frames = Features.from_manifest(manifest["acoustic"])(item.acoustic, item)
+    np.testing.assert_array_equal(frames.reshape(-1), kept)
+    assert manifest["counts"]["acoustic_frames"] == sum(len(decode_audio(corpus[i].audio)) // 320 for i in range(len(corpus)))
+    assert run(films, tmp_path / "out", *RAW).extracted == 0
+    told = Extractor.from_manifest(manifest, tmp_path / "out").extract(find(films)[0])[0][0]
+    assert (told.id, told.audio) == (item.id, item.audio)
 
 
 def test_a_second_run_does_nothing(films, tmp_path):
@@ -318,6 +351,13 @@ def test_the_demo_corpus_with_its_teacher(tmp_path):
     np.testing.assert_allclose(faces.visual_emotion.astype(np.float32).sum(axis=1), 1, atol=5e-3)
     listed = {line.split(",")[0] for line in (tmp_path / "demo/labels.csv").read_text().splitlines()[1:]}
     assert {u.id for u in utterances} <= listed
+    run(tmp_path / "demo/films", tmp_path / "raw", *RAW, "preprocess.visual.side=64", f"teacher.stills={tmp_path / 'demo/stills'}", "teacher.epochs=1")
+    same = {u.id: u for u in read_utterances(tmp_path / "raw")}[faces.id]
+    crops = decode_faces(same.faces)
+    assert crops.shape == (len(faces.visual), 64, 64, 3)
+    np.testing.assert_array_equal(same.visual_emotion, faces.visual_emotion)
+    grey = crops.mean(-1).reshape(len(crops), -1)
+    assert np.corrcoef(grey[0], grey[-1])[0, 1] > 0.3, "the same face"
     again = run(
         tmp_path / "demo/films", tmp_path / "out"
     )  # the teacher of the output is used without naming the stills

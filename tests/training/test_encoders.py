@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -13,12 +14,14 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 import emoscale
 from emoscale.config import ConfigError, load
+from emoscale.data.streams import Corpus
 from emoscale.data.synthetic import Synthetic
 from emoscale.models.config import TowerConfig
 from emoscale.models.pretrained import TextTower, described
 from emoscale.training import checkpoint
 from emoscale.training.encoders import freeze, load_weights, tower_config
 from emoscale.training.export import export
+from emoscale.training.finetune import FinetuneConfig, finetune
 from emoscale.training.run import RunConfig, check, pretrain
 from tests.corpora import HOP, recorded, write_corpus
 from tests.data.test_dialogues import Talks
@@ -35,8 +38,10 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dialogues with raw voices and faces; some utterances have no voice, some no text."""
-    talks = Talks(Synthetic(32, visual_width=6, acoustic_width=5, expressions=0), {name: 10 for name in "abcd"})
+    """Dialogues with raw voices and faces, and labels; some utterances have no voice, some no text."""
+    talks = Talks(Synthetic(32, visual_width=6, acoustic_width=5, expressions=0), dict.fromkeys("abcdef", 8))
+    for place, item in enumerate(talks.items):
+        item.speaker, item.label = f"{item.dialogue[0]}{item.speaker}", {"emotion": ("sad", "happy")[place // 2 % 2]}
     return write_corpus(tmp_path_factory.mktemp("raw") / "corpus", *recorded(talks.items, talks.manifest))
 
 
@@ -65,6 +70,23 @@ def test_encoders_train_resume_and_export(corpus: Path, tmp_path: Path) -> None:
     out = export(tmp_path / "whole", tmp_path / "model")
     model = emoscale.load(str(out))
     assert model.model.backbone.utterance.text.model.config.vocab_size == 100
+
+
+def test_forecasts_are_fine_tuned_from_encoders_and_served(corpus: Path, tmp_path: Path) -> None:
+    pretrain(config_of(corpus, tmp_path / "run", "run.steps=2"))
+    words = [
+        f"corpus={corpus}", f"init={tmp_path / 'run'}", f"output={tmp_path / 'table'}", "modalities=[text, acoustic]", "folds=3", "run_folds=[0]",
+        "seeds=[1]", "steps=2", "eval_every=1", "batch=4", "threads=1", "arms={tcmp: {head: {name: forecast}}, baseline: {init: '', head: {name: recurrent}}}",
+        *(word for word in WORDS if word.startswith("model.")),
+    ]  # fmt: skip
+    finetune(load(FinetuneConfig, None, words))
+    read, rows = Corpus(corpus), list(csv.DictReader((tmp_path / "table/predictions.csv").open()))
+    for arm in ("tcmp", "baseline"):
+        own = {row["id"]: float(row["p_sad"]) for row in rows if row["arm"] == arm}
+        told = {row["id"]: row for row in emoscale.load(str(tmp_path / "table/models" / arm)).classify([read[number] for number in range(len(read))])}
+        assert own
+        for name, share in own.items():
+            assert told[name]["p_sad"] == pytest.approx(share, abs=2e-4)
 
 
 def test_a_frozen_part_stays_and_groups_have_their_own_rate(corpus: Path, tmp_path: Path) -> None:
