@@ -93,7 +93,8 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-ranks: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow tests/training/test_engine.py tests/training/test_run.py tests/training/test_tcmp.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow tests/training/test_engine.py tests/training/test_run.py tests/training/test_tcmp.py \
+		tests/training/test_encoders.py $(PYTEST_ARGS)
 
 test-slurm: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/slurm $(PYTEST_ARGS)

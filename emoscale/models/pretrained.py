@@ -6,7 +6,7 @@ top of one stands on top of the other. Padding changes nothing: see each tower.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-WASTE = 1.25
-"""Sequences share a forward pass while the longest has no more than this many times the tokens of the shortest."""
+PARTS = 4
+"""Forward passes over sequences of like length, always as many: under ZeRO-3 every pass gathers the weights from all ranks."""
 EPS = 1e-7
 """Of wav2vec2's feature extractor."""
 
@@ -44,8 +44,8 @@ class PretrainedEncoders(nn.Module):
         self.text, self.acoustic = TextTower(text), VoiceTower(acoustic, normalise=normalise)
         self.text_out, self.acoustic_out = (fitted(tower.width, width) for tower in (self.text, self.acoustic))
         if activation_checkpointing:
-            for tower in (self.text, self.acoustic):
-                tower.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.text.recompute()
+            self.acoustic.recompute()
 
     def forward(
         self,
@@ -67,7 +67,7 @@ class PretrainedEncoders(nn.Module):
 
 
 class TextTower(nn.Module):
-    """A text encoder (BERT, RoBERTa, the encoder of T5 …), a bucket of like lengths at a time, padding hidden from attention.
+    """A text encoder (BERT, RoBERTa, the encoder of T5 …) on texts of like length at a time, padding hidden from attention.
 
     Args:
         config: of the model.
@@ -81,6 +81,10 @@ class TextTower(nn.Module):
         without_pooler(self.model)
         self.width = int(self.model.config.hidden_size)
 
+    def recompute(self) -> None:
+        """Recompute layers in backward instead of keeping what they computed."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
     @property
     def words(self) -> nn.Module:
         """The table of word vectors."""
@@ -88,22 +92,19 @@ class TextTower(nn.Module):
 
     def forward(self, ids: Int[Tensor, " w"], lengths: Sequence[int]) -> Float[Tensor, "w d"]:
         """Give the hidden state of every token of texts that lie behind one another."""
-        given = list(ids.split(list(lengths))) or [ids.new_zeros(1)]
-        found: list[Tensor] = [ids] * len(given)
-        for bucket in alike([len(item) for item in given]):
-            padded, real = padded_together([given[i] for i in bucket])
-            hidden = self.model(input_ids=padded, attention_mask=real.long()).last_hidden_state
-            for i, row in zip(bucket, hidden, strict=True):
-                found[i] = row[: len(given[i])]
-        return torch.cat(found)[: len(ids)]
+        def encode(texts: list[Tensor]) -> Tensor:
+            padded, real = padded_together(texts)
+            return self.model(input_ids=padded, attention_mask=real.long()).last_hidden_state
+
+        return in_parts(encode, ids.split(list(lengths)), ids.new_zeros(1))
 
 
 class VoiceTower(nn.Module):
     """A wav2vec2-like model (wav2vec 2.0, HuBERT, WavLM, data2vec) on waveforms cut into frames.
 
-    Convolutions run on each waveform by itself: where they are followed by a group norm over time, as in the base models,
-    padding would change every frame. Attention runs on a bucket of like lengths, padding hidden from it. Each waveform is
-    followed by the few silent samples that give its last frame a window, so frames in are frames out.
+    Waveforms of like length run together. Padding is hidden from attention and from the norm over time behind the first
+    convolution of the base models, where it would change every frame. Each waveform is followed by the few silent samples
+    that give its last frame a window, so frames in are frames out.
 
     Args:
         config: of the model.
@@ -121,8 +122,16 @@ class VoiceTower(nn.Module):
             raise ValueError(f"{known.model_type} is no wav2vec2-like model; take wav2vec2, hubert, wavlm or data2vec-audio")
         if getattr(self.model, "adapter", None) is not None:
             raise ValueError(f"{known.model_type} with an adapter changes the rate of its frames; set add_adapter=false")
+        self.norms = _hide_padding(self.model.feature_extractor)
+        self.kernel, self.stride = int(known.conv_kernel[0]), int(known.conv_stride[0])
         self.width, self.normalise = int(known.hidden_size), normalise
         self.hop, self.receptive = strides(known.conv_kernel, known.conv_stride)
+
+    def recompute(self) -> None:
+        """Recompute layers in backward; but not the convolutions, whose norms would see the lengths of another pass by then."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self.model.feature_extractor.modules():
+            module.gradient_checkpointing = False
 
     def forward(self, frames: Float[Tensor, "a f"], lengths: Sequence[int]) -> Float[Tensor, "a d"]:
         """Give one hidden state per frame of waveforms that lie behind one another.
@@ -132,22 +141,53 @@ class VoiceTower(nn.Module):
         """
         if frames.shape[1] != self.hop:
             raise ValueError(f"voice frames have {frames.shape[1]} samples, {self.model.config.model_type} takes {self.hop}")
-        waves = [item.flatten() for item in frames.split(list(lengths))] or [frames.new_zeros(self.hop)]
-        heard = [self._heard(wave) for wave in waves]
-        found: list[Tensor] = heard[:]
-        for bucket in alike([len(item) for item in heard]):
-            padded, real = padded_together([heard[i] for i in bucket])
-            hidden = self.model.encoder(padded, attention_mask=real).last_hidden_state
-            for i, row in zip(bucket, hidden, strict=True):
-                found[i] = row[: len(heard[i])]
-        return torch.cat(found)[: len(frames)]
+        return in_parts(self._encode, frames.split(list(lengths)), frames.new_zeros(1, self.hop))
 
-    def _heard(self, wave: Float[Tensor, " n"]) -> Float[Tensor, "f d"]:
+    def _encode(self, voices: list[Tensor]) -> Float[Tensor, "n f d"]:
+        padded, real = padded_together(voices)
+        waves = padded.flatten(1)
         if self.normalise:
-            wave = (wave - wave.mean()) / (wave.var(unbiased=False) + EPS).sqrt()
-        wave = functional.pad(wave, (0, self.receptive - self.hop))
-        projected = self.model.feature_projection(self.model.feature_extractor(wave[None]).transpose(1, 2))
-        return (projected[0] if isinstance(projected, tuple) else projected)[0]
+            sounding = real.repeat_interleave(self.hop, dim=1)
+            mean, deviation = _moments(waves, sounding, EPS)
+            waves = (waves - mean) / deviation * sounding
+        waves = functional.pad(waves, (0, self.receptive - self.hop))
+        for norm in self.norms:
+            norm.frames = (real.sum(1) * self.hop + self.receptive - self.hop - self.kernel) // self.stride + 1
+        projected = self.model.feature_projection(self.model.feature_extractor(waves).transpose(1, 2))
+        heard = projected[0] if isinstance(projected, tuple) else projected
+        return self.model.encoder(heard, attention_mask=real).last_hidden_state
+
+
+class NormOverTime(nn.GroupNorm):
+    """A group norm of one channel per group, [n, c, l], that looks at the first `frames` [n] of each sequence alone."""
+
+    frames: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise each channel by its mean and deviation over time."""
+        real = torch.arange(input.shape[-1], device=input.device) < self.frames[:, None, None]
+        mean, deviation = _moments(input, real, self.eps)
+        return (input - mean) / deviation * self.weight[:, None] + self.bias[:, None]
+
+
+def _moments(x: Tensor, real: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Give mean and deviation over the last axis where `real`, the axis kept."""
+    count = real.sum(-1, keepdim=True)
+    mean = (x * real).sum(-1, keepdim=True) / count
+    return mean, (((x - mean).square() * real).sum(-1, keepdim=True) / count + eps).sqrt()
+
+
+def _hide_padding(extractor: nn.Module) -> list[NormOverTime]:
+    """Put `NormOverTime` in the place of every group norm; a model has one, behind its first convolution, or none."""
+    found = []
+    for module in list(extractor.modules()):
+        for name, norm in list(module.named_children()):
+            if isinstance(norm, nn.GroupNorm):
+                ours = NormOverTime(norm.num_groups, norm.num_channels, norm.eps)
+                ours.load_state_dict(norm.state_dict())
+                setattr(module, name, ours)
+                found.append(ours)
+    return found
 
 
 def read_config(config: dict[str, Any]) -> Any:
@@ -189,16 +229,33 @@ def lengths_of(positions: Int[Tensor, " w"]) -> list[int]:
     return [end - start for start, end in pairwise([*starts, len(positions)])]
 
 
-def alike(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Give the numbers of sequences that share a forward pass, those of like length together."""
+def in_parts(encode: Callable[[list[Tensor]], Tensor], items: Sequence[Tensor], nothing: Tensor) -> Tensor:
+    """Encode sequences in `PARTS` forward passes, those of like length together; give [rows, d] in the order given.
+
+    Args:
+        encode: sequences → [n, l, d].
+        items: the sequences, [l] or [l, …].
+        nothing: what stands in for a part without any, so that every rank makes every pass.
+    """
+    found: list[Tensor] = [nothing] * len(items)
+    for part in alike([len(item) for item in items]):
+        hidden = encode([items[i] for i in part] or [nothing])
+        for i, row in zip(part, hidden, strict=False):
+            found[i] = row[: len(items[i])]
+        if not part:
+            found.append(hidden[0, :0])
+    return torch.cat(found)
+
+
+def alike(lengths: Sequence[int], parts: int = PARTS) -> list[list[int]]:
+    """Divide sequences into parts of like length and about as many tokens; give their numbers."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    bucket: list[int] = []
+    whole, before = max(1, sum(lengths)), 0
+    found: list[list[int]] = [[] for _ in range(parts)]
     for i in order:
-        if bucket and lengths[i] > WASTE * lengths[bucket[0]]:
-            yield bucket
-            bucket = []
-        bucket.append(i)
-    yield bucket
+        found[min(parts - 1, parts * before // whole)].append(i)
+        before += lengths[i]
+    return found
 
 
 def padded_together(items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

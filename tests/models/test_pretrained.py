@@ -171,6 +171,8 @@ def test_a_configuration_comes_back_from_json() -> None:
 
 
 def test_like_lengths_share_a_pass() -> None:
-    assert [sorted(bucket) for bucket in alike([4, 5, 30, 4, 31])] == [[0, 1, 3], [2, 4]]
+    assert alike([4, 5, 30, 4, 31], 2) == [[0, 3, 1, 2], [4]]
+    assert alike([7], 3) == [[0], [], []]
+    assert alike([], 2) == [[], []]
     assert lengths_of(torch.tensor([0, 1, 2, 0, 0, 1])) == [3, 1, 2]
     assert lengths_of(torch.zeros(0, dtype=torch.int64)) == []

@@ -26,6 +26,7 @@ from emoscale.training.run import RunConfig, check, pretrain
 from tests.corpora import HOP, recorded, write_corpus
 from tests.data.test_dialogues import Talks
 from tests.models.test_pretrained import TEXTS, VOICE
+from tests.training.forks import Forks
 
 BERT = TEXTS["bert"] | {"vocab_size": 100, "max_position_embeddings": 40}
 WORDS = [
@@ -87,6 +88,33 @@ def test_forecasts_are_fine_tuned_from_encoders_and_served(corpus: Path, tmp_pat
         assert own
         for name, share in own.items():
             assert told[name]["p_sad"] == pytest.approx(share, abs=2e-4)
+
+
+QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+STILL = {f"{name}_dropout": 0.0 for name in ("hidden", "activation", "attention", "feat_proj")}
+SAME = [
+    f"model.encoders.text.options={json.dumps(QUIET)}", f"model.encoders.acoustic.options={json.dumps(STILL)}", "model.dropout=0", "optim.name=sgd",
+    "optim.lr=0.1", "optim.clip=0", "data.global_batch=8",
+    "objectives={text_search: {form: global}, acoustic_search: {form: global}, fused_search: {form: global}, consistency: {form: global}}",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "stage"), [(2, 1), (2, 3), (4, 1)])
+def test_ranks_and_stages_train_the_same(forks: Forks, corpus: Path, tmp_path: Path, world: int, stage: int) -> None:
+    """A rank batches its own utterances: what they are padded with must not tell."""
+    folders = [tmp_path / "whole", tmp_path / "parts"]
+    for folder, ranks, zero in zip(folders, (1, world), (0, stage), strict=True):
+        words = [*WORDS, *SAME, f"data.corpora=[{corpus}]", f"run.output={folder}", "run.steps=4", f"zero.stage={zero}"]
+        forks.start("tests.training.runs:command", "pretrain", *words, world=ranks).succeed()
+    assert losses(folders[1]) == pytest.approx(losses(folders[0]), rel=1e-5)
+    moved = []
+    for folder in folders:
+        first, last = (checkpoint.load(folder / f"checkpoints/step_0000000{n}").weights for n in (2, 4))
+        moved.append(torch.cat([(last[name] - value).double().flatten() for name, value in sorted(first.items())]))
+    off = float((moved[1] - moved[0]).norm() / moved[0].norm())
+    print(f"\n{world} ranks, stage {stage}: the gradients of steps 3 and 4 differ by {off:.1e}")
+    assert off <= 1e-5
 
 
 def test_a_frozen_part_stays_and_groups_have_their_own_rate(corpus: Path, tmp_path: Path) -> None:
