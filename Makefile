@@ -78,6 +78,7 @@ demo-tables: $(VENV)/.installed
 TCMP = $(EMOSCALE) pretrain configs/pretrain/tcmp-demo.yaml
 demo-mrepc: $(VENV)/.installed
 	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo-dialogues.yaml)
+	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo-forecasts.yaml)
 	@for seed in 1 2 3; do \
 		$(TCMP) run.seed=$$seed run.output=$(QUICK)/tcmp/pretrain-$$seed || exit 1; \
 		$(TCMP) run.seed=$$seed run.output=$(QUICK)/tcmp/control-$$seed dialogue.shuffle=true || exit 1; \

@@ -67,9 +67,9 @@ class PrepareConfig:
     """Jobs in the array; with more than one, assemble afterwards with `stage=assemble`."""
     shard_bytes: int = 1 << 26
     """Largest shard, bytes."""
-    render: Literal["", "demo", "dialogues"] = ""
-    """`demo` draws the generated demo corpus where it is not yet, `dialogues` the larger one of sound and subtitles alone; `source` is its
-    `films` folder, or the one above."""
+    render: Literal["", "demo", "dialogues", "forecasts"] = ""
+    """`demo` draws the generated demo corpus where it is not yet, `dialogues` the larger one of sound and subtitles alone, `forecasts` more
+    labelled dialogues; `source` is its `films` folder, or the one above."""
 
     def validate(self) -> None:
         """Refuse values out of range."""
@@ -202,7 +202,8 @@ def _stored_manifest(url: str) -> dict[str, Any]:
 def _render(folder: Path, what: str) -> None:
     from emoscale.prepare import demo
 
-    demo.render(folder, demo.dialogues() if what == "dialogues" else demo.DemoConfig())
+    made = {"demo": demo.DemoConfig, "dialogues": demo.dialogues, "forecasts": demo.forecasts}
+    demo.render(folder, made[what]())
 
 
 def _teacher(config: PrepareConfig, output: Path, summary: Summary) -> Path | None:

@@ -25,6 +25,7 @@ from emoscale.prepare.demo import (  # noqa: E402
     face,
     film,
     films,
+    forecasts,
     oracle,
     render,
     rows,
@@ -400,6 +401,10 @@ def test_sound_alone_is_the_sound_of_the_film(corpus: Path, tmp_path: Path) -> N
     assert [(item.name, item.speakers) for item in films(dialogues()) if item.split == "labelled"] == [
         (item.name, item.speakers) for item in films(DemoConfig()) if item.split == "labelled"
     ]
+    unlabelled = {speaker for item in films(dialogues()) if item.split == "pretrain" for speaker in item.speakers}
+    told = {speaker for item in films(forecasts()) for speaker in item.speakers}
+    assert len(told) == 64
+    assert not told & unlabelled, "nobody who is forecast was heard before"
 
 
 def _decoded(path: Path) -> np.ndarray:

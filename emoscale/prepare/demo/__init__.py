@@ -108,6 +108,11 @@ def dialogues() -> DemoConfig:
     return DemoConfig(pretrain_films=600, still_identities=0, pictures=False)
 
 
+def forecasts() -> DemoConfig:
+    """Give labelled dialogues of 64 speakers who are in no other film here: enough of them to tell forecasts apart."""
+    return DemoConfig(pretrain_films=0, labelled_films=144, labelled_speakers=64, still_identities=0, pictures=False)
+
+
 def render(folder: Path, config: DemoConfig) -> None:
     """Render the corpus into a folder; what an interrupted render left complete is kept, a complete corpus is left alone.
 
