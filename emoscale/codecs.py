@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -76,20 +77,22 @@ def decode_faces(data: bytes, limit: int | None = None) -> np.ndarray:
     Raises:
         ValueError: the bytes are no such pictures.
     """
-    from PIL import Image
-
-    pictures = []
-    for number, part in enumerate(_parts(data)):
-        if limit is not None and number >= limit:
-            break
-        try:
-            with Image.open(io.BytesIO(part), formats=["JPEG"]) as picture:
-                pictures.append(np.asarray(picture.convert("RGB")))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"picture {number} cannot be decoded ({error})") from error
+    pictures = [_picture(part, number) for number, part in enumerate(islice(_parts(data), limit))]
     if len({picture.shape for picture in pictures}) > 1:
         raise ValueError(f"pictures are of different sizes: {sorted({picture.shape[:2] for picture in pictures})}")
     return np.stack(pictures) if pictures else np.zeros((0, 0, 0, 3), np.uint8)
+
+
+def decode_face(data: bytes, number: int) -> np.ndarray:
+    """Give uint8 [S, S, 3], one picture of what `encode_faces` made.
+
+    Raises:
+        ValueError: the bytes are no such pictures, or there are not so many.
+    """
+    part = next(islice(_parts(data), number, None), None)
+    if part is None:
+        raise ValueError(f"there is no picture {number}")
+    return _picture(part, number)
 
 
 def count_faces(data: bytes) -> int:
@@ -99,6 +102,16 @@ def count_faces(data: bytes) -> int:
         ValueError: a size points behind the end.
     """
     return sum(1 for _ in _parts(data))
+
+
+def _picture(part: bytes, number: int) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(part), formats=["JPEG"]) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"picture {number} cannot be decoded ({error})") from error
 
 
 def _parts(data: bytes) -> Iterator[bytes]:

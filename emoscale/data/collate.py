@@ -41,8 +41,7 @@ class Encoded:
     def without(self, modality: str) -> Encoded:
         """Give the utterance as if it had no such modality; itself for an empty name."""
         if modality == "text":
-            ends = Tokens(self.tokens.ids[[0, -1]], self.tokens.words[[0, -1]])
-            return replace(self.without_text_features(), tokens=ends, sizes=replace(self.sizes, words=0))
+            return replace(self.without_text_features(), tokens=self.tokens.bare, sizes=replace(self.sizes, words=0))
         if modality == "visual":
             return replace(self, visual=self.visual[:0], emotion=self.emotion[:0], sizes=replace(self.sizes, visual=0))
         return replace(self, acoustic=self.acoustic[:0], sizes=replace(self.sizes, acoustic=0)) if modality else self

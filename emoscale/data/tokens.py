@@ -19,19 +19,25 @@ SPECIAL = -1
 
 @dataclass
 class Tokens:
-    """One tokenised text with [CLS] in front and [SEP] behind."""
+    """One tokenised text with [CLS] in front and [SEP] behind, or with `</s>` behind alone where the tokenizer is T5-like."""
 
     ids: np.ndarray
     """int64 [w]"""
     words: np.ndarray
     """int64 [w]: number of the whitespace word each piece belongs to; -1 for special tokens, which are never masked."""
 
+    @property
+    def bare(self) -> Tokens:
+        """What stands around the text, without it."""
+        kept = [0, -1] if len(self.ids) > 1 and self.words[0] == SPECIAL else [-1]
+        return Tokens(self.ids[kept], self.words[kept])
+
 
 class TextEncoder:
     """A Hugging Face tokenizer with the limits of this system.
 
     Args:
-        tokenizer: a fast tokenizer with [CLS], [SEP] and [MASK].
+        tokenizer: a fast tokenizer with [CLS], [SEP] and [MASK]; or one with `</s>` alone, such as T5's, for systems that mask no words.
         max_tokens: word pieces kept per utterance, without [CLS] and [SEP].
     """
 
@@ -39,10 +45,20 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.cls, self.sep, self.mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
-        if None in (self.cls, self.sep, self.mask):
-            raise ConfigError("data.tokenizer: this tokenizer lacks [CLS], [SEP] or [MASK]; give a BERT-like one")
+        self.masks = None not in (self.cls, self.sep, self.mask)
+        """Whether words can be masked: BERT-like."""
+        if not self.masks:
+            self.cls, self.sep = None, tokenizer.eos_token_id
+        if self.sep is None:
+            raise ConfigError("data.tokenizer: this tokenizer has neither [CLS], [SEP] and [MASK] nor </s>; give one like BERT's or T5's")
+        self._first = [] if self.cls is None else [self.cls]
         special = set(tokenizer.all_special_ids)
         self.replacements = np.array([i for i in range(len(tokenizer)) if i not in special], dtype=np.int64)
+
+    def require_masks(self) -> None:
+        """Raise ConfigError for a tokenizer without [CLS], [SEP] and [MASK]."""
+        if not self.masks:
+            raise ConfigError("data.tokenizer: this tokenizer lacks [CLS], [SEP] or [MASK]; give a BERT-like one")
 
     def __call__(self, text: str, template: str = "") -> Tokens:
         """Tokenise one text; a word is a whitespace chunk with its punctuation, as in MEmoBERT.
@@ -66,8 +82,8 @@ class TextEncoder:
         room = max(0, self.max_tokens - len(front) - len(tail))
         ids, words = ids[:room], words[:room]
         return Tokens(
-            np.array([self.cls, *front, *ids, *tail, self.sep], np.int64),
-            np.array([*[SPECIAL] * (len(front) + 1), *words, *[SPECIAL] * (len(tail) + 1)], np.int64),
+            np.array([*self._first, *front, *ids, *tail, self.sep], np.int64),
+            np.array([*[SPECIAL] * (len(front) + len(self._first)), *words, *[SPECIAL] * (len(tail) + 1)], np.int64),
         )
 
     @cached_property
@@ -80,6 +96,7 @@ class TextEncoder:
 
     @lru_cache  # noqa: B019  # a handful of templates, and encoders live as long as their run
     def _template(self, template: str) -> tuple[list[int], list[int]]:
+        self.require_masks()
         before, _, behind = template.replace(BLANK, self.tokenizer.mask_token).partition(TEXT)
         return self._pieces(before, literal=False)[0], self._pieces(behind, literal=False)[0]
 

@@ -41,6 +41,9 @@ class EncodersConfig:
     """Any text encoder, such as BERT, RoBERTa or that of T5; `data.tokenizer` must be its own."""
     acoustic: TowerConfig = field(default_factory=TowerConfig)
     """A wav2vec2-like model, such as HuBERT, on a corpus that keeps voices raw (`preprocess.acoustic.encoder=waveform`)."""
+    visual: TowerConfig = field(default_factory=TowerConfig)
+    """An image encoder, such as ViT, on a corpus that keeps faces raw (`preprocess.visual.encoder=crops`, `side` as it takes them);
+    `system: bi_encoder`."""
 
 
 @dataclass
@@ -66,7 +69,7 @@ class ModelConfig:
     activation_checkpointing: bool = False
     """Recompute each layer in backward instead of keeping its activations."""
     encoders: EncodersConfig = field(default_factory=EncodersConfig)
-    """Hugging Face models that encode utterances instead (`system: tcmp`)."""
+    """Hugging Face models that encode utterances instead (`system: tcmp`, `bi_encoder`)."""
 
     def validate(self) -> None:
         """Fill what `size` gives and check the rest."""

@@ -47,6 +47,7 @@ def build(
         seed, per_step, modality_dropout: see `MaskingPlan`.
         expressions: classes of the corpus' expression teacher.
     """
+    encoder.text.require_masks()
     shape = backbone_shape(model, encoder)
     backbone = UnifiedTransformer(**shape)
     configs = read_objectives(objectives)
@@ -72,6 +73,24 @@ def build(
     if model.init:
         start_from(model.init, whole, encoder.text.tokenizer)
     return Built(whole, plan, encoder, shape)
+
+
+def read_from(kinds: Mapping[str, type[Any]], objectives: dict[str, Any]) -> dict[str, Any]:
+    """Fill each objective's own options, in the order of `kinds`; those with weight 0 are left out, and none named means all.
+
+    Raises:
+        ConfigError: there is no such objective, an option is wrong, or none is left.
+    """
+    for name in objectives:
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=1)
+            raise ConfigError(f"objectives.{name}: unknown objective; {f'did you mean {near[0]!r}?' if near else 'there are ' + ', '.join(kinds)}")
+    wanted = objectives or {name: {} for name in kinds}
+    configs = {name: from_mapping(kind.Config, wanted[name] or {}, f"objectives.{name}") for name, kind in kinds.items() if name in wanted}
+    configs = {name: config for name, config in configs.items() if config.weight > 0}
+    if not configs:
+        raise ConfigError("objectives: none is left to train; give at least one a weight above 0")
+    return configs
 
 
 def backbone_shape(model: ModelConfig, encoder: Encoder) -> dict[str, Any]:

@@ -37,11 +37,7 @@ def encoder_shape(model: ModelConfig, encoder: Encoder) -> dict[str, Any]:
     if model.init:
         raise ConfigError("model.init: model.encoders brings its own weights (source); leave one of the two out")
     words, voice = (tower_config(tower, f"model.encoders.{name}") for name, tower in (("text", text), ("acoustic", acoustic)))
-    if len(encoder.text.tokenizer) > words.vocab_size:
-        raise ConfigError(
-            f"model.encoders.text: knows {words.vocab_size} word pieces, the tokenizer has {len(encoder.text.tokenizer)}; "
-            f"set data.tokenizer={text.source or '<its tokenizer>'}, or options.vocab_size where weights are random"
-        )
+    check_words(text, words, encoder)
     if not hasattr(voice, "conv_stride"):
         raise ConfigError(f"model.encoders.acoustic: {voice.model_type} reads no waveform; take a wav2vec2-like model")
     hop, _ = strides(voice.conv_kernel, voice.conv_stride)
@@ -52,6 +48,15 @@ def encoder_shape(model: ModelConfig, encoder: Encoder) -> dict[str, Any]:
         )
     kept = {key: shape[key] for key in ("vocabulary", "visual_width", "acoustic_width", "positions", "dropout", "activation_checkpointing")}
     return kept | {"width": int(words.hidden_size), "text": described(words), "acoustic": described(voice), "normalise": _normalises(acoustic)}
+
+
+def check_words(tower: TowerConfig, config: Any, encoder: Encoder) -> None:
+    """Raise ConfigError where the tokenizer numbers more word pieces than a text encoder knows."""
+    if len(encoder.text.tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"model.encoders.text: knows {config.vocab_size} word pieces, the tokenizer has {len(encoder.text.tokenizer)}; "
+            f"set data.tokenizer={tower.source or '<its tokenizer>'}, or options.vocab_size where weights are random"
+        )
 
 
 def load_towers(model: ModelConfig, encoders: PretrainedEncoders) -> None:

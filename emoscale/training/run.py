@@ -25,6 +25,7 @@ from emoscale.files import replace_text
 from emoscale.models.config import ModelConfig
 from emoscale.training import checkpoint
 from emoscale.training.assets import write_assets
+from emoscale.training.bi_encoder import PairConfig
 from emoscale.training.build import Built
 from emoscale.training.corpora import DataConfig, Opened, expressions_of, folders_of, make_encoder, open_corpora
 from emoscale.training.engine import Engine, OptimConfig, ZeroConfig
@@ -83,9 +84,11 @@ class RunConfig:
     """A pre-training run."""
 
     system: Name = "memobert"
-    """What is trained: `memobert` on utterances, `tcmp` on dialogue windows (then batches count windows)."""
+    """What is trained: `memobert` on utterances, `tcmp` on dialogue windows (then batches count windows), `bi_encoder` on pairs of text and
+    picture (then `data.max_tokens` is what is embedded at a time, of one contrastive batch per rank)."""
     data: DataConfig = field(default_factory=DataConfig)
     dialogue: DialogueConfig = field(default_factory=DialogueConfig)
+    pair: PairConfig = field(default_factory=PairConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objectives: dict[str, Any] = field(default_factory=_memobert_objectives)
     """Objective name → its options (mix, weight, ratio, span, whole_word); `mix: 0` turns one off. The default is MEmoBERT's; other

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from emoscale import distributed
-from emoscale.config import ConfigError, from_mapping
+from emoscale.config import ConfigError
 from emoscale.data.collate import Encoder
 from emoscale.data.dialogues import DialogueSteps, Windows
 from emoscale.data.loader import StepData, Steps
@@ -20,7 +19,8 @@ from emoscale.models.pretrained import PretrainedEncoders
 from emoscale.models.task import Task, TaskModel, in_context
 from emoscale.objectives import DIALOGUE_OBJECTIVES
 from emoscale.objectives.target_search import TargetSearch
-from emoscale.training.build import Built, build
+from emoscale.training.bi_encoder import build_pairs, pair_flops, pair_steps
+from emoscale.training.build import Built, build, read_from
 from emoscale.training.corpora import Opened, expressions_of
 from emoscale.training.encoders import encoder_shape, load_towers, utterance_encoder
 from emoscale.training.flops import forward_flops, tower_flops
@@ -116,16 +116,7 @@ def read_dialogue_objectives(objectives: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such objective, an option is wrong, or none is left.
     """
-    for name in objectives:
-        if name not in DIALOGUE_OBJECTIVES:
-            near = difflib.get_close_matches(name, DIALOGUE_OBJECTIVES, n=1)
-            raise ConfigError(f"objectives.{name}: unknown objective; {f'did you mean {near[0]!r}?' if near else 'there are ' + ', '.join(DIALOGUE_OBJECTIVES)}")
-    wanted = objectives or {name: {} for name in DIALOGUE_OBJECTIVES}
-    configs = {name: from_mapping(kind.Config, wanted[name] or {}, f"objectives.{name}") for name, kind in DIALOGUE_OBJECTIVES.items() if name in wanted}
-    configs = {name: config for name, config in configs.items() if config.weight > 0}
-    if not configs:
-        raise ConfigError("objectives: none is left to train; give at least one a weight above 0")
-    return configs
+    return read_from(DIALOGUE_OBJECTIVES, objectives)
 
 
 def _dialogue_steps(config: RunConfig, opened: Opened, built: Built, world: distributed.World) -> Steps:
@@ -157,6 +148,9 @@ def _dialogue_flops(built: Built, data: StepData) -> float:
     return total
 
 
-SYSTEMS = {"memobert": System(_memobert, _utterance_steps, _utterance_flops), "tcmp": System(_tcmp, _dialogue_steps, _dialogue_flops)}
-Name = Literal["memobert", "tcmp"]
-
+SYSTEMS = {
+    "memobert": System(_memobert, _utterance_steps, _utterance_flops),
+    "tcmp": System(_tcmp, _dialogue_steps, _dialogue_flops),
+    "bi_encoder": System(build_pairs, pair_steps, pair_flops),
+}
+Name = Literal["memobert", "tcmp", "bi_encoder"]
