@@ -1,4 +1,4 @@
-"""Pages of what pre-training runs know of held-out utterances: searches (TCMP's Table 3) and masked objectives."""
+"""Pages of what pre-training runs know of held-out utterances: searches (TCMP's Table 3), pairs, and masked objectives."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from emoscale.evaluation.page import Section, cell, table
+from emoscale.evaluation.pairs_page import pairs_section
 from emoscale.evaluation.retrieval import MEASURES
 
 
@@ -18,7 +19,8 @@ def heldout_sections(runs: Mapping[str, Mapping[str, Any]], *, command: str) -> 
     """
     searched = {name: result["search"] for name, result in runs.items() if "search" in result}
     masked = {name: result["objectives"] for name, result in runs.items() if "objectives" in result}
-    found = [_searches(searched, command)] if searched else []
+    paired = {name: result["pairs"] for name, result in runs.items() if "pairs" in result}
+    found = ([_searches(searched, command)] if searched else []) + ([pairs_section(paired, command)] if paired else [])
     return [*found, *([_objectives(masked, command)] if masked else [])]
 
 

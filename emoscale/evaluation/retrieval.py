@@ -39,3 +39,20 @@ def recalls(scores: ArrayLike) -> dict[str, float]:
     """
     width = np.asarray(scores).shape[-1]
     return {f"R_{k}@{m}": float((places(scores, k) < m).mean()) for k, m in MEASURES if k <= width}
+
+
+def among_all(scores: ArrayLike) -> NDArray[np.int64]:
+    """Give int64 [q], how many of all candidates stand before the true one, as `places` does.
+
+    Args:
+        scores: [q, q]; candidate i is the true one of query i.
+
+    Raises:
+        DataError: the table is not square, or holds fewer than two.
+    """
+    table = np.asarray(scores, np.float64)
+    if table.ndim != 2 or table.shape[0] != table.shape[1]:
+        raise DataError(f"scores of shape {list(table.shape)}: as many candidates as queries are needed")
+    true = np.diag(table)[:, None]
+    others = table[~np.eye(len(table), dtype=bool)].reshape(len(table), -1)
+    return places(np.concatenate([true, others], axis=1), len(table))

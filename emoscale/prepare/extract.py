@@ -27,6 +27,7 @@ from emoscale.prepare.features import (
     make_acoustic,
     make_visual,
 )
+from emoscale.prepare.recorded import read_picture
 from emoscale.prepare.sources import FEATURES, Row, Source, read_features
 from emoscale.prepare.speakers import SpeakersConfig, choose_speaker
 from emoscale.prepare.subtitles import Cue, SubtitleConfig
@@ -71,6 +72,7 @@ class _Draft:
 
     utterance: Utterance
     references: dict[str, str]
+    picture: Path | None = None
 
 
 class Extractor:
@@ -189,7 +191,7 @@ class Extractor:
     def _drafts(self, source: Source, reader: _Readers, notes: Counter[str]) -> list[_Draft]:
         if source.rows is not None:
             return [
-                _Draft(_from_row(source, number, row, reader.duration), row.features)
+                _Draft(_from_row(source, number, row, reader.duration), row.features, row.picture)
                 for number, row in enumerate(source.rows)
             ]
         cues, origin = self._cues(source, reader)
@@ -233,7 +235,11 @@ class Extractor:
         if "acoustic" not in given and len(wave) and np.abs(wave).max() >= SILENCE:
             voice = self.acoustic.encode(wave)
             setattr(utterance, _column("acoustic", self.acoustic), voice)
-        if reader.pictures is not None and "visual" not in given:
+        if draft.picture is not None and "visual" not in given:
+            size = config.visual.side if self.visual.raw else config.faces.crop_size
+            face, utterance.visual_emotion = self.visual.encode(read_picture(draft.picture, size)[None])
+            setattr(utterance, _column("visual", self.visual), face)
+        elif reader.pictures is not None and "visual" not in given:
             face, utterance.visual_emotion = self._face(utterance, end, wave, reader.pictures, notes)
             setattr(utterance, _column("visual", self.visual), face)
         limits = (config.acoustic.max_frames, config.visual.max_frames, config.visual.max_frames, MAX_TEXT_FEATURES)

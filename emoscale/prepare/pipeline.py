@@ -67,9 +67,10 @@ class PrepareConfig:
     """Jobs in the array; with more than one, assemble afterwards with `stage=assemble`."""
     shard_bytes: int = 1 << 26
     """Largest shard, bytes."""
-    render: Literal["", "demo", "dialogues", "forecasts"] = ""
+    render: Literal["", "demo", "dialogues", "forecasts", "portraits"] = ""
     """`demo` draws the generated demo corpus where it is not yet, `dialogues` the larger one of sound and subtitles alone, `forecasts` more
-    labelled dialogues; `source` is its `films` folder, or the one above."""
+    labelled dialogues; `source` is its `films` folder, or the one above. `portraits` draws pictures with captions; `source` is their
+    `manifest.csv`."""
 
     def validate(self) -> None:
         """Refuse values out of range."""
@@ -144,7 +145,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
     """
     source, output = Path(config.source), Path(config.output)
     if config.render:
-        _render(source.parent if source.name == "films" else source, config.render)
+        _render(source.parent if source.name in ("films", "manifest.csv") else source, config.render)
     sources = TREES[config.layout](source) if config.layout else find(source, config.preprocess.subtitles.language)
     output.mkdir(parents=True, exist_ok=True)
     store = PartStore(output)
@@ -201,7 +202,11 @@ def _stored_manifest(url: str) -> dict[str, Any]:
 
 def _render(folder: Path, what: str) -> None:
     from emoscale.prepare import demo
+    from emoscale.prepare.demo import portraits
 
+    if what == "portraits":
+        portraits.render(folder, portraits.PortraitConfig())
+        return
     made = {"demo": demo.DemoConfig, "dialogues": demo.dialogues, "forecasts": demo.forecasts}
     demo.render(folder, made[what]())
 
@@ -343,7 +348,7 @@ def _work(job: _Job) -> dict[str, Any]:
     extractor = _extractor(job.preprocess, job.teacher, job.threads)
     try:
         utterances, row = extractor.extract(job.source)
-        part = Part(job.key, row, utterances, extractor.describe() if job.source.path is not None else {})
+        part = Part(job.key, row, utterances, extractor.describe() if job.source.encoded else {})
     except (DataError, OSError) as error:  # of FFmpeg's errors, those that are no DataError are OSErrors
         part = Part(job.key, _skipped(job.source, str(error)))
     PartStore(job.output).write(job.source.name, part)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from emoscale.codecs import RATE, encode_audio, encode_faces
-from emoscale.config import ConfigError
+from emoscale.config import ConfigError, DataError
 from emoscale.prepare.teacher import Teacher, probabilities
 
 WAVEFORM, CROPS = "waveform", "crops"
@@ -45,3 +47,19 @@ class Photographed:
         crops = crops[: self._max_frames]
         fitted = [cv2.resize(crop, (self._side, self._side), interpolation=cv2.INTER_AREA) for crop in crops]
         return encode_faces(np.stack(fitted) if fitted else crops), probabilities(self._teacher, crops)
+
+
+def read_picture(path: Path, side: int) -> np.ndarray:
+    """Give the middle square of a picture as uint8 RGB [side, side, 3], upright as its camera was held.
+
+    Raises:
+        DataError: there is no such file, or it is no picture.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read as a picture ({error})") from error
+    return np.asarray(ImageOps.fit(picture, (side, side), Image.Resampling.BOX if min(picture.size) >= side else Image.Resampling.BICUBIC))

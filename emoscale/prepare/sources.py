@@ -33,6 +33,7 @@ COLUMNS = (
     "visual",
     "visual_emotion",
     "text_features",
+    "picture",
 )
 FEATURES = ("acoustic", "visual", "visual_emotion", "text_features")
 
@@ -58,6 +59,8 @@ class Row:
     features: dict[str, str] = field(default_factory=dict)
     """Arrays that take the place of extraction: `file.npy`, `file.npz:key`, `file.csv:3` or `file.csv:3-10`; a table's columns
     by number or name behind an @, `file.csv:3@0..99` or `file.csv:3@f0_mean..jitter`."""
+    picture: Path | None = None
+    """A picture that stands for the face, taken whole: its middle square."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ class Source:
         """What the ledger calls it."""
         return self.name if self.path is None else self.name + self.path.suffix
 
+    @property
+    def encoded(self) -> bool:
+        """Whether an encoder looks at anything of it: media, or pictures."""
+        return self.path is not None or any(row.picture is not None for row in self.rows or ())
+
     def fingerprint(self) -> str:
         """Give a hash that changes when one of its files or rows does, without reading the media."""
         files = [
@@ -89,6 +97,7 @@ class Source:
             self.audio,
             self.subtitles,
             *sorted({_file_of(ref) for row in self.rows or () for ref in row.features.values()}),
+            *(row.picture for row in self.rows or () if row.picture is not None),
         ]
         seen = [
             (str(f), f.stat().st_size, f.stat().st_mtime_ns) if f and f.is_file() else (str(f), -1, -1) for f in files
@@ -235,8 +244,8 @@ def _row(row: dict[str, Any], base: Path, where: str) -> Row:
             file, part = _split(str(row[name]))
             inside = _inside(base, file, where)
             references[name] = f"{inside}:{part}" if part else str(inside)
-    if not references and "path" not in row and "text" not in row:
-        raise DataError(f"{where}: names neither path, text nor features")
+    if not references and not {"path", "text", "picture"} & row.keys():
+        raise DataError(f"{where}: names neither path, text, picture nor features")
     return Row(
         start=start,
         end=end,
@@ -245,6 +254,7 @@ def _row(row: dict[str, Any], base: Path, where: str) -> Row:
         dialogue=str(row.get("dialogue", "")),
         label=_label(row, where),
         features=references,
+        picture=_inside(base, row["picture"], where) if "picture" in row else None,
     )
 
 

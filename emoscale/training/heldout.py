@@ -27,6 +27,7 @@ from emoscale.training import checkpoint
 from emoscale.training.build import TAUGHT, Built, build
 from emoscale.training.corpora import expressions_of, make_encoder, open_all, open_corpora, read_held_out
 from emoscale.training.heldout_dialogues import Held, score_search
+from emoscale.training.heldout_pairs import score_pairs
 from emoscale.training.run import RunConfig
 from emoscale.training.systems import SYSTEMS
 
@@ -50,7 +51,8 @@ def evaluate_objectives(run: Path, *, draws: int = 20, seed: int = 0) -> dict[st
 
     Returns:
         Per objective: `model` and `baseline` (mean loss per masked unit), `difference` with its 95 % interval (bootstrap
-        over utterances), `utterances`, `units`; lower is better. For `tcmp`, `search`: see `score_search`.
+        over utterances), `utterances`, `units`; lower is better. For `tcmp`, `search`: see `score_search`; for
+        `bi_encoder`, `pairs`: see `score_pairs`.
 
     Raises:
         DataError: the run held nothing out, or has no checkpoint.
@@ -72,6 +74,8 @@ def evaluate_objectives(run: Path, *, draws: int = 20, seed: int = 0) -> dict[st
     result: dict[str, Any] = {"run": str(run), "held_out": len(held), "trained_on": len(train)}
     if config.system == "tcmp":
         result["search"] = score_search(built.model, Held(held, train.manifest), built.encoder, config.dialogue, seed=seed)
+    elif config.system == "bi_encoder":
+        result["pairs"] = score_pairs(built.model, held, built.encoder, seed=seed)
     else:
         constants = _baselines(built, train)
         result |= {"draws": draws, "objectives": {spec.name: _score(built, spec, held, constants, draws, seed) for spec in built.plan.specs}}
