@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emoscale.codecs import count_faces, count_samples, decode_audio, decode_faces, encode_audio, encode_faces
+from emoscale.codecs import (
+    count_faces,
+    count_samples,
+    decode_audio,
+    decode_face,
+    decode_faces,
+    encode_audio,
+    encode_faces,
+)
 
 
 @pytest.mark.parametrize("count", [1, 320, 16_001])
@@ -47,6 +55,10 @@ def test_pictures_come_back_nearly_and_in_order() -> None:
     assert back.dtype == np.uint8
     assert np.abs(back.astype(int) - given).max() <= 6
     np.testing.assert_array_equal(decode_faces(data, 2), back[:2])
+    for number in range(5):
+        np.testing.assert_array_equal(decode_face(data, number), back[number])
+    with pytest.raises(ValueError, match="there is no picture 5"):
+        decode_face(data, 5)
 
 
 def test_what_is_no_sound_is_an_error() -> None:

@@ -50,7 +50,7 @@ class TextEncoder:
         if not self.masks:
             self.cls, self.sep = None, tokenizer.eos_token_id
         if self.sep is None:
-            raise ConfigError("data.tokenizer: this tokenizer has neither [CLS], [SEP] and [MASK] nor </s>; give one like BERT's or T5's")
+            raise ConfigError("data.tokenizer: this tokenizer lacks [CLS], [SEP] or [MASK], and </s> too; give one like BERT's or T5's")
         self._first = [] if self.cls is None else [self.cls]
         special = set(tokenizer.all_special_ids)
         self.replacements = np.array([i for i in range(len(tokenizer)) if i not in special], dtype=np.int64)

@@ -36,9 +36,10 @@ class PictureTower(nn.Module):
 
         self.model: Any = AutoModel.from_config(read_config(config))
         self.pooling = pooling
-        if pooling != "pooler":
+        pooler = getattr(self.model, "pooler", None)
+        if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
             without_pooler(self.model)
-        elif getattr(self.model, "pooler", None) is None:
+        if pooling == "pooler" and pooler is None:
             raise ValueError(f"{self.model.config.model_type} has no pooler; take pair.picture_pooling=first or mean")
         for name, value in self.model.named_parameters():
             if name.endswith("mask_token"):  # stands for patches withheld, of which there are none: a part without a gradient

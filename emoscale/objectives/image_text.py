@@ -23,8 +23,8 @@ class ImageText(Task):
     """Symmetric cross-entropy over all pairs of all ranks, with a learned temperature: the mean of both directions.
 
     VL-KE-T5 as released is `{temperature: 1.0, learned: false, label_smoothing: 0.1, negatives: rank, weight: 2.0}` (it adds the
-    directions up). On unit vectors a temperature of 1 leaves no more than a factor of e² between the best and the worst score:
-    over 512 pairs the loss of one direction cannot fall below 5.24 of its 6.24 nats without any learning. Hence the defaults.
+    directions up). On unit vectors, which are furthest apart at the corners of a simplex, a temperature of 1 leaves nearly
+    nothing to learn: over 512 pairs the loss of one direction cannot fall below 5.24 nats, and not knowing anything has 6.24.
 
     Source: Yun et al. 2023 (VL-KE-T5); Radford et al. 2021 (CLIP), §2.3, for the learned scale.
     """
@@ -66,6 +66,8 @@ class ImageText(Task):
         if self.over_all_ranks:
             return info_nce(text, picture, scale, label_smoothing=self.label_smoothing), told
         scores = (text @ picture.t()).float() * scale
+        if not len(scores):  # smoothing over no pairs is no number
+            return scores.sum(), told
         own = torch.arange(len(scores), device=scores.device)
         both = [functional.cross_entropy(side, own, reduction="sum", label_smoothing=self.label_smoothing) for side in (scores, scores.t())]
         return (both[0] + both[1]) / 2, told

@@ -54,7 +54,7 @@ def score_pairs(model: TaskModel, held: Sequence[Utterance], encoder: Encoder, *
 def _summary(scores: np.ndarray, owners: Sequence[str], seed: int) -> dict[str, Any]:
     names, owner = np.unique(owners, return_inverse=True)
     if len(names) < 2:
-        raise DataError(f"held-out pairs are all of {names[0]!r}; an interval needs two speakers at least")
+        raise DataError(f"held-out pairs are all of {owners[0]!r}; an interval needs two speakers at least")
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
     weights = draws[:, owner]
     result: dict[str, Any] = {"queries": len(scores)}

@@ -10,6 +10,7 @@ import pytest
 from emoscale.batch import Utterance
 from emoscale.config import ConfigError, DataError
 from emoscale.data.tokens import SPECIAL, Features, TextEncoder, load_tokenizer
+from tests.pairs import t5_tokenizer
 
 
 def pieces(encoder: TextEncoder, ids: np.ndarray) -> list[str]:
@@ -100,6 +101,27 @@ def test_a_tokenizer_without_mask_is_refused() -> None:
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(ConfigError, match=r"lacks \[CLS\], \[SEP\] or \[MASK\]"):
         TextEncoder(plain, 30)
+
+
+def test_a_t5_like_tokenizer_ends_texts_and_masks_nothing() -> None:
+    tokenizer = t5_tokenizer()
+    encoder = TextEncoder(tokenizer, 4)
+    found = encoder("the  doors </s> open")
+    assert pieces(encoder, found.ids) == ["▁the", "▁door", "s", "▁", "</s>"]
+    assert found.words.tolist() == [0, 1, 1, 2, SPECIAL], "</s> in a text is a word like any other"
+    assert [i for i in found.ids.tolist() if i == tokenizer.eos_token_id] == [tokenizer.eos_token_id]
+    assert pieces(encoder, found.bare.ids) == ["</s>"]
+    empty = encoder("")
+    assert (empty.ids.tolist(), empty.words.tolist()) == ([tokenizer.eos_token_id], [SPECIAL])
+    assert empty.bare.ids.tolist() == empty.ids.tolist()
+    with pytest.raises(ConfigError, match="give a BERT-like one"):
+        encoder("the door", "{text} i am [MASK] .")
+
+
+def test_what_stands_around_a_text(tokenizer: Any) -> None:
+    encoder = TextEncoder(tokenizer, 30)
+    for text in ("", "the door"):
+        assert pieces(encoder, encoder(text).bare.ids) == ["[CLS]", "[SEP]"]
 
 
 def manifest(**changes: Any) -> dict[str, Any]:

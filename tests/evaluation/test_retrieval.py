@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emoscale.config import DataError
-from emoscale.evaluation.retrieval import places, recalls
+from emoscale.evaluation.retrieval import among_all, places, recalls
 
 
 def test_by_hand() -> None:
@@ -46,3 +46,11 @@ def test_chance() -> None:
 def test_too_little_is_an_error(scores: np.ndarray) -> None:
     with pytest.raises(DataError, match="candidates"):
         places(scores, 5)
+
+
+def test_among_all_candidates() -> None:
+    assert among_all([[3.0, 1, 0], [2.0, 1, 1], [0.0, 0, 0]]).tolist() == [0, 2, 2]
+    assert among_all([[0.0, np.nan], [1.0, np.nan]]).tolist() == [1, 2]
+    for wrong in (np.zeros((2, 3)), np.zeros((1, 1)), np.zeros(3)):
+        with pytest.raises(DataError, match="scores of shape"):
+            among_all(wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -27,6 +28,7 @@ from emoscale.prepare.demo import (  # noqa: E402
     films,
     forecasts,
     oracle,
+    portraits,
     render,
     rows,
     script,
@@ -410,3 +412,57 @@ def test_sound_alone_is_the_sound_of_the_film(corpus: Path, tmp_path: Path) -> N
 def _decoded(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         return np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+
+def test_portraits_are_of_people_who_are_not_held_out_and_the_same_every_time(tmp_path: Path) -> None:
+    small = portraits.PortraitConfig(people=3, held_out=2, takes=2)
+    for name in ("one", "two"):
+        portraits.render(tmp_path / name, small)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    with (tmp_path / "one/manifest.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 10
+    assert {row["speaker"] for row in table if row["split"] == "train"}.isdisjoint({row["speaker"] for row in table if row["split"] == "held_out"})
+    assert cv2.imread(str(tmp_path / "one" / table[0]["picture"])).shape == (96, 96, 3)
+    portraits.render(tmp_path / "one", small)
+    with pytest.raises(ConfigError, match="another version or configuration"):
+        portraits.render(tmp_path / "one", portraits.PortraitConfig(people=3, held_out=2, takes=3))
+    alone = portraits.of_person(0, "train", 2, 2)
+    assert [item.text for item, _ in alone] == [row["text"] for row in table[4:6]], "no person depends on another"
+
+
+def test_captions_tell_what_is_drawn_and_are_no_table() -> None:
+    drawn = [(item, picture) for number in range(60) for item, picture in portraits.of_person(0, "train", number, 6)]
+    items = [item for item, _ in drawn]
+    assert len({item.text for item in items}) > 0.98 * len(items)
+    for name in portraits.WORDS:
+        said = [(item.seen[name], item.said[name]) for item in items if name in item.said]
+        fits = np.mean([word in portraits.WORDS[name][what] for what, word in said])
+        assert 0.85 < fits < 1, f"{name}: the observer errs now and then ({fits:.2f})"
+        assert all(word in item.text for item in items for word in [item.said.get(name, "")])
+    told = np.mean(["shirt" in item.said for item in items])
+    assert told == pytest.approx(portraits.MENTIONED["shirt"], abs=0.07)
+    # The names of colours are those of the pixels: the shirt fills the lower corners' middle, the backdrop the upper corners.
+    for item, picture in drawn:
+        seen = portraits.colour_name(tuple(int(v) for v in np.median(picture[88:, 40:56].reshape(-1, 3), axis=0)))
+        if "grey" not in (seen, item.seen["shirt"]):
+            places = [portraits._CIRCLE.index(name) for name in (seen, item.seen["shirt"])]
+            assert (places[0] - places[1]) % 8 in (0, 1, 7), (item.name, seen, item.seen["shirt"])
+
+
+def test_the_oracle_of_portraits_reaches_what_is_said_of_it() -> None:
+    """Over other people than those held out: their 360 pairs stand in the docstring."""
+    items = [item for number in range(60) for item, _ in portraits.of_person(1, "held_out", number, 6)]
+    found = portraits.oracle(items)
+    assert found["text→image"]["R@1"] == pytest.approx(0.508, abs=0.08)
+    assert found["image→text"]["R@1"] == pytest.approx(0.611, abs=0.08)
+    shuffled = [dataclasses.replace(item, said=other.said) for item, other in zip(items, items[180:] + items[:180], strict=True)]
+    assert portraits.oracle(shuffled)["text→image"]["R@1"] < 5 / len(items)
+
+
+def test_an_oracle_by_hand() -> None:
+    seen = {"expression": "happy", "hair": "black", "length": "long", "skin": "light", "shirt": "red", "stubble": "none", "backdrop": "grey"}
+    said = {"hair": "dark"}
+    # Mentioned with 0.7; black is taken for black with 0.92 and has three words, else for dark brown, which has three too.
+    silent = np.log([1 - p for name, p in portraits.MENTIONED.items() if name != "hair"]).sum() + np.log(0.9)
+    assert portraits._log_chance(said, seen) == pytest.approx(silent + np.log(0.7 / 3), abs=1e-6)
+    assert portraits._recalls(np.array([[1.0, 0], [1.0, 1.0]])) == {"R@1": 0.75, "R@5": 1.0}

@@ -94,6 +94,7 @@ def test_jsonl_manifest_with_features(tmp_path):
         ({"path": "a/../../out.mp4"}, "leaves the folder"),
         ({"path": "link/out.mp4"}, "through a link"),
         ({"text": "a", "acoustic": "../f.npy"}, "leaves the folder"),
+        ({"text": "a", "picture": "../f.png"}, "leaves the folder"),
         ({"path": "a.mp4", "start": "soon"}, "seconds were expected"),
         ({"path": "a.mp4", "start": 3, "end": 2}, "stretch of time"),
         ({"path": "a.mp4", "start": "nan"}, "not a number"),
@@ -114,6 +115,16 @@ def test_a_csv_without_columns_is_no_manifest(tmp_path):
     (tmp_path / "m.csv").write_text("1,2,3\n4,5,6\n")
     with pytest.raises(DataError, match="names none of the columns"):
         find(tmp_path / "m.csv")
+
+
+def test_a_manifest_names_pictures(tmp_path):
+    (tmp_path / "m.csv").write_text("picture,text,dialogue\na.png,x,d\nb.png,,d\n,y,e\n")
+    pictured, spoken = find(tmp_path / "m.csv")
+    assert [row.picture for row in pictured.rows] == [tmp_path / "a.png", tmp_path / "b.png"]
+    assert (pictured.encoded, spoken.encoded) == (True, False)
+    before = pictured.fingerprint()
+    (tmp_path / "b.png").write_text("there")
+    assert find(tmp_path / "m.csv")[0].fingerprint() != before
 
 
 def test_manifest_inputs_must_differ_in_name(tmp_path):
