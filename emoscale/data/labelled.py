@@ -122,9 +122,9 @@ class LabelEncoder(Encoder):
         if "text" in self.modalities:
             kept.text_features = utterance.text_features
         if "visual" in self.modalities:
-            kept.visual = utterance.visual
+            kept.visual, kept.faces = utterance.visual, utterance.faces
         if "acoustic" in self.modalities:
-            kept.acoustic = utterance.acoustic
+            kept.acoustic, kept.audio = utterance.acoustic, utterance.audio
         item = super().__call__(kept)
         if item is None:
             return None

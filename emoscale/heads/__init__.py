@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from emoscale.heads.base import Head
 from emoscale.heads.classify import Classify
+from emoscale.heads.concat import Concat
 from emoscale.heads.forecast import Forecast
 from emoscale.heads.prompt import Prompt
 from emoscale.heads.recurrent import Recurrent
@@ -13,6 +14,7 @@ HEADS: dict[str, type[Head]] = {
     "prompt": Prompt,
     "forecast": Forecast,
     "recurrent": Recurrent,
+    "concat": Concat,
 }
 
 __all__ = ["HEADS", "Head"]

@@ -29,6 +29,8 @@ class Head(Task):
     """Which targets of a labelled batch it reads: `classify` (the [CLS] rows), `prompt` (the template's [MASK]) or `forecast`."""
     of_dialogues: ClassVar[bool] = False
     """Whether it reads dialogues, whose targets are hidden, and not the utterances themselves."""
+    of_pairs: ClassVar[bool] = False
+    """Whether it reads the embeddings of a bi-encoder, and not the hidden states of tokens."""
 
     words: Tensor
     class_weights: Tensor

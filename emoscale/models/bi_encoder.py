@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from emoscale.data.pairs import PairBatch
 from emoscale.models.pictures import PicturePooling, PictureTower
-from emoscale.models.pretrained import TextTower, padded_together
+from emoscale.models.pretrained import TextTower, lengths_of, padded_together
 
 TextPooling = Literal["sum_sqrt", "mean", "first"]
 EPS = 1e-12
@@ -62,7 +62,21 @@ class BiEncoder(nn.Module):
             for tower in (self.text, self.picture):
                 tower.model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def forward(self, text: Int[Tensor, " w"], lengths: Sequence[int], pictures: Float[Tensor, "b p"]) -> Aligned:
+    def forward(
+        self, *, text: Int[Tensor, " w"], text_positions: Int[Tensor, " w"], visual: Float[Tensor, "v p"], visual_rows: Int[Tensor, " v"],
+        cu_seqlens: Int[Tensor, " b1"], **other: Any,
+    ) -> Aligned:  # fmt: skip
+        """Embed the utterances of a packed batch, each by its text and its middle picture; without a picture, by zeros.
+
+        Takes what `UnifiedTransformer.forward` takes; voices are not looked at.
+        """
+        ends = cu_seqlens[1:].to(torch.int64)
+        counts = torch.bincount(torch.searchsorted(ends, visual_rows, right=True), minlength=len(ends))
+        shown = counts.nonzero().flatten()
+        found = self.embed(text, lengths_of(text_positions), visual.index_select(0, (counts.cumsum(0) - counts + counts // 2)[shown]))
+        return Aligned(found.text, found.text.new_zeros(len(ends), self.width).index_copy(0, shown, found.picture))
+
+    def embed(self, text: Int[Tensor, " w"], lengths: Sequence[int], pictures: Float[Tensor, "b p"]) -> Aligned:
         """Embed texts that lie behind one another, and pictures; one pass through each encoder, whatever the lengths.
 
         Ranks must pass as often as one another (ZeRO-3 gathers weights at each pass), so texts are not put into buckets, and no
@@ -116,7 +130,7 @@ def in_pairs(model: BiEncoder, batch: PairBatch) -> Aligned:
 
 
 def _embedded(model: BiEncoder, text: Tensor, lengths: Sequence[int], pictures: Tensor) -> Aligned:
-    return model(text, lengths, pictures.to(model.picture.mean.dtype) / 255)
+    return model.embed(text, lengths, pictures.to(model.picture.mean.dtype) / 255)
 
 
 def _firsts(sizes: Sequence[int]) -> list[int]:

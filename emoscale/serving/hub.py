@@ -23,6 +23,7 @@ from emoscale.data.forecast import ContextEncoder
 from emoscale.data.labelled import LabelEncoder
 from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
 from emoscale.heads import HEADS
+from emoscale.models.bi_encoder import Aligned
 from emoscale.models.dialogue import DialogueEncoder, DialogueModel
 from emoscale.models.task import Sizes, encode, in_context
 from emoscale.models.unified import initialise
@@ -224,16 +225,17 @@ class EmotionModel:
 
     @torch.no_grad()
     def embed(self, media: list[str | Path]) -> np.ndarray:
-        """Give float32 [n, d] of unit length: per film, the mean of its utterances' mean hidden states."""
+        """Give float32 [n, d] of unit length: per film, the mean of its utterances' mean hidden states; of a bi-encoder, of both embeddings side by side."""
         vectors = []
         for path in media:
             parts = []
             items = [utterance_or_none(item, self.encoder, 0) for item in self.utterances(path)]
             for group in split([item for item in items if item is not None], MAX_TOKENS):
                 batch = pack(group).to(self.device)
+                hidden: Any = encode(self.model.transformer, batch)
                 lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).to(torch.int64)
-                hidden = encode(self.model.transformer, batch).float()
-                parts.append(torch.segment_reduce(hidden, "mean", lengths=lengths, axis=0))
+                both = isinstance(hidden, Aligned)
+                parts.append(torch.cat([hidden.text, hidden.picture], 1).float() if both else torch.segment_reduce(hidden.float(), "mean", lengths=lengths, axis=0))
             if not parts:
                 raise DataError(f"{path}: holds no utterance to embed")
             mean = torch.cat(parts).mean(0)

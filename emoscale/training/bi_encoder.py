@@ -15,6 +15,7 @@ from emoscale.data.masking import MaskingPlan
 from emoscale.data.order import Order
 from emoscale.data.pairs import Pairs, PairSteps
 from emoscale.data.streams import Utterances
+from emoscale.data.tokens import Pictures
 from emoscale.models.bi_encoder import BiEncoder, TextPooling, in_pairs
 from emoscale.models.config import ModelConfig, TowerConfig
 from emoscale.models.pictures import PicturePooling, patches_of, side_of, width_of
@@ -61,27 +62,31 @@ def build_pairs(config: RunConfig, corpus: Utterances, encoder: Encoder) -> Buil
     Raises:
         ConfigError: an encoder is missing, cannot be had, or does not fit the corpus.
     """
-    shape = pair_shape(config.model, config.pair, corpus, encoder)
+    shape = pair_shape(config.model, config.pair, encoder)
     try:
         backbone = BiEncoder(**shape)
     except ValueError as error:
         raise ConfigError(f"model.encoders.visual: {error}") from error
-    for name, tower, module in towers_of(config.model, backbone):
-        if tower.source:
-            load_weights(tower, module, f"model.encoders.{name}")
-        freeze(tower, module, f"model.encoders.{name}")
+    load_pair(config.model, backbone)
     configs = read_from(PAIR_OBJECTIVES, config.objectives)
     tasks: dict[str, Task] = {name: PAIR_OBJECTIVES[name](chosen) for name, chosen in configs.items()}
     model = TaskModel(backbone, tasks, {name: chosen.weight for name, chosen in configs.items()}, in_pairs)
     return Built(model, MaskingPlan([], config.run.seed), encoder, shape)
 
 
-def towers_of(model: ModelConfig, backbone: BiEncoder) -> list[tuple[str, TowerConfig, Any]]:
-    """Give (name in the configuration, its section, module) of both encoders."""
-    return [("text", model.encoders.text, backbone.text.model), ("visual", model.encoders.visual, backbone.picture.model)]
+def load_pair(model: ModelConfig, backbone: BiEncoder) -> None:
+    """Load the weights of every source and freeze what the configuration says.
+
+    Raises:
+        ConfigError: weights cannot be loaded or are of another shape, or nothing is called as `freeze` says.
+    """
+    for name, tower, module in (("text", model.encoders.text, backbone.text.model), ("visual", model.encoders.visual, backbone.picture.model)):
+        if tower.source:
+            load_weights(tower, module, f"model.encoders.{name}")
+        freeze(tower, module, f"model.encoders.{name}")
 
 
-def pair_shape(model: ModelConfig, pair: PairConfig, corpus: Utterances, encoder: Encoder) -> dict[str, Any]:
+def pair_shape(model: ModelConfig, pair: PairConfig, encoder: Encoder) -> dict[str, Any]:
     """Give the keyword arguments of `BiEncoder` for a configuration and a corpus.
 
     Raises:
@@ -95,7 +100,7 @@ def pair_shape(model: ModelConfig, pair: PairConfig, corpus: Utterances, encoder
         raise ConfigError(f"{'model.init' if model.init else 'model.encoders.acoustic'}: the bi-encoder has a text and an image encoder with weights of their own; leave it out")
     words, seen = (tower_config(tower, f"model.encoders.{name}") for name, tower in (("text", text), ("visual", visual)))
     check_words(text, words, encoder)
-    if corpus.manifest["visual"].get("raw") != "faces":
+    if not isinstance(encoder.visual, Pictures):
         raise ConfigError("data.corpora: holds features of faces, no pictures; prepare it with preprocess.visual.encoder=crops")
     side = math.isqrt(encoder.visual.width // 3)
     if side_of(seen) != side:

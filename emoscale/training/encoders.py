@@ -9,6 +9,7 @@ from torch import nn
 
 from emoscale.config import ConfigError
 from emoscale.data.collate import Encoder
+from emoscale.models.bi_encoder import BiEncoder
 from emoscale.models.config import ModelConfig, TowerConfig
 from emoscale.models.pretrained import PretrainedEncoders, described, strides
 from emoscale.models.unified import UnifiedTransformer
@@ -19,6 +20,8 @@ log = logging.getLogger("emoscale")
 
 def utterance_encoder(shape: dict[str, Any]) -> Any:
     """Build what a shape describes, with random weights."""
+    if "picture" in shape:
+        return BiEncoder(**shape)
     return PretrainedEncoders(**shape) if "normalise" in shape else UnifiedTransformer(**shape)
 
 

@@ -101,7 +101,7 @@ def export(source: str | Path, out: str | Path) -> Path:
 def _kind(shape: dict[str, Any]) -> str:
     if "layers" in shape:
         return f"Unified transformer of {shape['layers']} layers"
-    return f"{shape['text']['model_type']} and {shape['acoustic']['model_type']}"
+    return f"{shape['text']['model_type']} and {shape['picture' if 'picture' in shape else 'acoustic']['model_type']}"
 
 
 def _card(exported: Exported) -> str:

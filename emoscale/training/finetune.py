@@ -24,6 +24,7 @@ from emoscale.files import file_sha256
 from emoscale.heads import HEADS
 from emoscale.models.config import ModelConfig
 from emoscale.template import check_template
+from emoscale.training.bi_encoder import PairConfig
 from emoscale.training.engine import OptimConfig
 from emoscale.training.environment import environment, open_log
 from emoscale.training.finetune_outcomes import Outcome, Outcomes, fingerprint, folder_name
@@ -87,6 +88,8 @@ class FinetuneConfig(ArmConfig):
     """Hugging Face id or folder; empty = the one of the checkpoint, else of the corpus."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of arms that start from scratch."""
+    pair: PairConfig = field(default_factory=PairConfig)
+    """The same of those with an image encoder (`model.encoders.visual`)."""
     arms: dict[str, Any] = field(default_factory=dict)
     """Name → what differs from `init`, `head`, `mode` and `modalities`; empty = one arm as those say."""
     compare: list[list[str]] = field(default_factory=list)
@@ -288,6 +291,7 @@ def _arm(config: FinetuneConfig, arm: ArmConfig, data: LabelledSet, folds: list[
         inits, head, from_mapping(head.Config, options, "head"), arm.mode, config.lora_rank, list(arm.modalities),
         class_words(data.classes, config.verbalisers, tokenizer) if prompted else [-1] * len(data.classes), config.template if prompted else "",
         replace(config.model, init=arm.text_init or config.model.init), tokenizer, arm.fraction,
+        config.pair,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +24,13 @@ from emoscale.evaluation.predictions import Predictions
 from emoscale.evaluation.protocols import Fold
 from emoscale.heads import HEADS, Head
 from emoscale.heads.prompt import Prompt
+from emoscale.models.bi_encoder import BiEncoder
 from emoscale.models.config import ModelConfig
 from emoscale.models.dialogue import DialogueEncoder, DialogueModel
 from emoscale.models.pretrained import PretrainedEncoders
 from emoscale.models.task import Sizes, TaskModel, in_context
 from emoscale.training import checkpoint
+from emoscale.training.bi_encoder import PairConfig, load_pair, pair_shape
 from emoscale.training.encoders import encoder_shape, load_towers, utterance_encoder
 from emoscale.training.engine import Engine, OptimConfig, ZeroConfig
 from emoscale.training.export import Exported, write_model
@@ -61,6 +63,7 @@ class Arm:
     tokenizer: Any
     fraction: float = 1.0
     """Share of the training labels that it uses."""
+    pair: PairConfig = field(default_factory=PairConfig)
 
 
 @dataclass
@@ -121,9 +124,12 @@ def start_of(arm: Arm, recipe: Recipe, data: LabelledSet, source: Path | None) -
         DataError: the checkpoint's tokenizer, encoders or widths are others; nothing is loaded.
     """
     encoder = _encoder(arm, recipe, data, source)
-    shape = encoder_shape(arm.model, encoder)
+    shape = pair_shape(arm.model, arm.pair, encoder) if arm.model.encoders.visual.given else encoder_shape(arm.model, encoder)
     if source is not None:
         shape = _saved_shape(source, shape, arm)
+    if arm.head.of_pairs != ("picture" in shape):
+        needed = "reads a bi-encoder; take a checkpoint of system=bi_encoder, or name model.encoders.visual" if arm.head.of_pairs else "reads no bi-encoder; take concat"
+        raise ConfigError(f"head.name: {arm.head.__name__.lower()} {needed}")
     taken = max(encoder.text.max_tokens + 2, encoder.visual.max_frames, encoder.acoustic.max_frames)
     if taken > shape["positions"]:
         raise ConfigError(f"max_text: texts and frames may take {taken} positions, the model has {shape['positions']}; lower max_text")
@@ -158,6 +164,8 @@ def _build(arm: Arm, shape: dict[str, Any], data: LabelledSet, rows: np.ndarray,
         _load(model, checkpoint.load(source).weights)
     elif isinstance(backbone, DialogueModel) and isinstance(backbone.utterance, PretrainedEncoders):
         load_towers(arm.model, backbone.utterance)
+    elif isinstance(backbone, BiEncoder):
+        load_pair(arm.model, backbone)
     elif arm.model.init:
         start_from(arm.model.init, TaskModel(backbone.utterance, {}, {}) if arm.head.of_dialogues else model, arm.tokenizer)
     head.settle(backbone)
