@@ -23,6 +23,7 @@ from emoscale.batch import MODALITIES
 from emoscale.config import ConfigError, DataError, from_mapping, to_dict
 from emoscale.prepare.assembly import assemble, notes_of
 from emoscale.prepare.extract import TEACHER_FOLDER, Extractor, PreprocessConfig
+from emoscale.prepare.matching import MatchConfig, match
 from emoscale.prepare.parts import Part, PartStore
 from emoscale.prepare.shards import INDEX, LEDGER, MANIFEST, SCHEMA, TOKENIZER
 from emoscale.prepare.sources import Source, find
@@ -51,6 +52,8 @@ class PrepareConfig:
     """Expression teacher; without `stills` and without a `teacher/` in the output there is no visual emotion."""
     text: TextConfig = field(default_factory=TextConfig)
     """Tokenizer of the corpus."""
+    match: MatchConfig = field(default_factory=MatchConfig)
+    """Texts and pictures that are put together by their labels first."""
     upload: str = ""
     """Where the finished corpus is stored as well, `s3://bucket/prefix`; empty = nowhere. Pre-training reads it from there."""
     require: list[str] = field(default_factory=list)
@@ -146,12 +149,13 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
     source, output = Path(config.source), Path(config.output)
     if config.render:
         _render(source.parent if source.name in ("films", "manifest.csv") else source, config.render)
+    matched = match(config.match, source) if config.match.texts else []
     sources = TREES[config.layout](source) if config.layout else find(source, config.preprocess.subtitles.language)
     output.mkdir(parents=True, exist_ok=True)
     store = PartStore(output)
     store.clean()
     summary = Summary(output, output / LEDGER)
-    summary.lines += pre_recognition(config.layout, sources)
+    summary.lines += [*matched, *pre_recognition(config.layout, sources)]
     teacher = _teacher(config, output, summary)
     if config.stage == "teacher":
         return summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 from pathlib import Path
@@ -10,17 +11,30 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, T5Config, T5EncoderModel, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    T5Config,
+    T5EncoderModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 
+import emoscale
 from emoscale import distributed
 from emoscale.config import ConfigError, load
 from emoscale.data.pairs import PairSteps
+from emoscale.data.streams import Corpus
 from emoscale.data.tokens import load_tokenizer
 from emoscale.models.bi_encoder import BiEncoder
 from emoscale.serving.evaluate import EvaluateConfig, evaluate
 from emoscale.training import checkpoint
 from emoscale.training.bi_encoder import PLAIN
 from emoscale.training.corpora import make_encoder, open_corpora
+from emoscale.training.export import export
+from emoscale.training.finetune import FinetuneConfig, _prepare
 from emoscale.training.run import RunConfig, check, pretrain
 from emoscale.training.systems import SYSTEMS
 from tests.corpora import write_corpus
@@ -42,6 +56,8 @@ LARGE = [f"model.encoders.text={{type: bert, options: {json.dumps(WIDE)}}}", "op
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pictured = Pictured(70)
+    for number, item in enumerate(pictured.items):
+        item.label = {"emotion": ("sad", "happy", "anger")[number % 3]}
     return write_corpus(tmp_path_factory.mktemp("pictured") / "corpus", pictured.items, pictured.manifest)
 
 
@@ -190,3 +206,40 @@ def test_a_killed_run_goes_on_bit_equal(runs: Runs, tmp_path: Path, world: int, 
     assert_same_run(folder, runs.unbroken(*words, world=world))
     names = load_file(folder / "checkpoints" / f"step_{STEPS:08d}" / "weights.safetensors")
     assert "tasks.image_text.log_scale" in names
+
+
+FINETUNE = ["head={name: concat}", "modalities=[text, visual]", "folds=3", "run_folds=[0]", "seeds=[1]", "steps=4", "eval_every=2", "batch=8", "threads=1", "max_text=30"]
+
+
+def test_emotions_are_fine_tuned_from_pairs_and_served(runs: Runs, tmp_path: Path) -> None:
+    source = runs.unbroken(*FEW, "zero.stage=0")
+    given = [f"corpus={runs.corpus}", f"init={source}", f"output={tmp_path / 'table'}", *FINETUNE, *ENCODERS]
+    arms = 'arms={direct: {init: ""}, both: {}, text: {modalities: [text]}, image: {modalities: [visual]}}'
+    runs.forks.start("tests.training.runs:command", "finetune", *given, arms, "compare=[[both, text]]").succeed()
+    assert set(json.loads((tmp_path / "table" / "results.json").read_text())["arms"]) == {"direct", "both", "text", "image"}
+    model = emoscale.load(tmp_path / "table" / "models" / "both")
+    with (tmp_path / "table" / "predictions.csv").open() as file:
+        answers = [row for row in csv.DictReader(file) if row["arm"] == "both"]
+    spoken = Corpus(runs.corpus)
+    items = {item.id: item for item in map(spoken.__getitem__, range(len(spoken)))}
+    told = {row["id"]: row for row in model.classify([items[row["id"]] for row in answers])}
+    assert told
+    for row in answers:
+        if told[row["id"]]["emotion"] is not None:
+            assert told[row["id"]]["p_sad"] == pytest.approx(float(row["p_sad"]), abs=2e-4)
+    config = load(FinetuneConfig, None, [*given, "arms={a: {head: {name: classify}}}"])
+    with pytest.raises(ConfigError, match="classify reads no bi-encoder; take concat"):
+        _prepare(config)
+    with pytest.raises(ConfigError, match="concat reads a bi-encoder"):
+        _prepare(load(FinetuneConfig, None, [f"corpus={runs.corpus}", f"output={tmp_path}", *FINETUNE, "model.size=tiny"]))
+
+
+def test_a_checkpoint_exports_and_its_encoders_are_those_of_transformers(runs: Runs, tmp_path: Path) -> None:
+    out = export(runs.unbroken(*FEW, "zero.stage=0"), tmp_path / "model")
+    model: Any = AutoModel.from_pretrained(out)
+    backbone = model.backbone
+    for part, kind in ((backbone.text.model, BertModel), (backbone.picture.model, ViTModel)):
+        part.save_pretrained(tmp_path / kind.__name__)
+        stock = kind.from_pretrained(tmp_path / kind.__name__, add_pooling_layer=False)
+        assert all(torch.equal(value, part.state_dict()[name]) for name, value in stock.state_dict().items())
+    assert "bert and vit" in (out / "README.md").read_text()
