@@ -3,6 +3,7 @@
 # make test-ranks   the longer tests of equality over ranks, kills and signals
 # make demo-tables  the tables of the paper: arms, ablations, shares of the labels and of the corpus
 # make demo-mrepc   TCMP on the demo corpus: searches, and pre-recognition of the next emotion
+# make demo-pairs   the image–text bi-encoder on generated portraits: search, control, and the emotion classifier
 # make demo-report  the demo table: three seeds, every arm, the control
 # make lint         format, style and types
 # make gpu-check    on a machine with a GPU: build csrc/, run the tests that need one, measure kernels and a step
@@ -35,7 +36,7 @@ endef
 
 timed = @start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(($$(date +%s) - start)) s"
 
-.PHONY: quickstart test test-ranks test-slurm test-s3 demo-report demo-tables demo-mrepc gpu-check lint native clean
+.PHONY: quickstart test test-ranks test-slurm test-s3 demo-report demo-tables demo-mrepc demo-pairs gpu-check lint native clean
 .DELETE_ON_ERROR:
 
 ifeq ($(CORPUS),)
@@ -90,12 +91,21 @@ demo-mrepc: $(VENV)/.installed
 	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/mrepc-demo.yaml)
 	@echo "reports: $(QUICK)/tcmp/searches.html $(QUICK)/mrepc/report.html"
 
+PAIRS = $(EMOSCALE) pretrain configs/pretrain/bi-encoder-demo.yaml
+demo-pairs: $(VENV)/.installed
+	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo-portraits.yaml)
+	$(call timed,pretrain,$(PAIRS))
+	$(PAIRS) run.output=$(QUICK)/bi-encoder-control data.shuffle_modalities=true
+	$(EMOSCALE) evaluate model=$(QUICK)/bi-encoder report=$(QUICK)/pairs.html 'beside={control: $(QUICK)/bi-encoder-control}'
+	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/bi-encoder-demo.yaml)
+	@echo "reports: $(QUICK)/pairs.html $(QUICK)/pairs/report.html"
+
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-ranks: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/training/test_engine.py tests/training/test_run.py tests/training/test_tcmp.py \
-		tests/training/test_encoders.py $(PYTEST_ARGS)
+		tests/training/test_encoders.py tests/training/test_bi_encoder.py $(PYTEST_ARGS)
 
 test-slurm: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/slurm $(PYTEST_ARGS)

@@ -21,20 +21,8 @@ from emoscale.prepare.subtitles import SUFFIXES as SUBTITLE_SUFFIXES
 
 MANIFEST_SUFFIXES = (".csv", ".jsonl")
 COLUMNS = (
-    "path",
-    "start",
-    "end",
-    "text",
-    "speaker",
-    "dialogue",
-    "label",
-    "split",
-    "acoustic",
-    "visual",
-    "visual_emotion",
-    "text_features",
-    "picture",
-)
+    "path", "start", "end", "text", "speaker", "dialogue", "label", "split", "acoustic", "visual", "visual_emotion", "text_features", "picture",
+)  # fmt: skip
 FEATURES = ("acoustic", "visual", "visual_emotion", "text_features")
 
 
