@@ -24,6 +24,8 @@ from emoscale.kernels.philox import key_of
 Ground = Literal["previous", "response", "none"]
 Frame = Literal["drawn", "middle", "mean"]
 IMAGE, SEQUENCE, MASKED, RESPONSE, EMOTION = "image_emotion", "image_sequence_emotion", "masked_turns", "response", "response_emotion"
+REMEMBERED = 1 << 16
+"""Tokenised texts that are kept."""
 
 
 @dataclass
@@ -197,6 +199,7 @@ class TurnReader:
 
     def __init__(self, encoder: Encoder, *, ground: Ground = "previous", frame: Frame = "drawn", seed: int = 0) -> None:
         self.encoder, self.ground, self.frame, self.seed = encoder, ground, frame, seed
+        self._known: dict[str, Tokens] = {}
 
     def __call__(self, utterances: Sequence[Utterance], turn: int = 0) -> tuple[Sample, list[str]]:
         """Give the sample of turns that follow one another, the response last, and names of utterances whose frames are not finite (their words stay).
@@ -217,19 +220,30 @@ class TurnReader:
         return Sample(Sizes(utterances[-1].id, turn, words, pictures, 0), kept, response), damaged
 
     def _turn(self, utterance: Utterance, distance: int, turn: int, damaged: list[str]) -> Turn:
-        item = self.encoder(replace(utterance, acoustic=utterance.acoustic[:0], audio=b""), turn)
+        tokens = self._tokens(utterance.text)
+        seen = self.ground == "response" or (self.ground == "previous" and distance > 0)
+        if not seen or not utterance.has("visual"):
+            return Turn(distance, tokens)
+        faces, emotion = utterance.visual[: self.encoder.visual.max_frames], utterance.visual_emotion
+        drawn = float(uniform(np.array([key_of("frame", turn, utterance.id)], np.int64), self.seed)[0]) if self.frame == "drawn" else 0.5
+        if self.frame != "mean" and len(faces):  # raw pictures lie in one file, and are chosen from behind
+            chosen = int(drawn * len(faces))
+            faces, emotion = faces[chosen : chosen + 1], emotion[chosen : chosen + 1]
+        item = self.encoder(Utterance(id=utterance.id, visual=faces, visual_emotion=emotion, faces=utterance.faces), turn)
         if item is None:
             damaged.append(utterance.id)
-            item = self.encoder(Utterance(id=utterance.id, text=utterance.text), turn)
-        assert item is not None  # a text alone has no features
-        seen = self.ground == "response" or (self.ground == "previous" and distance > 0)
-        if not seen or not len(item.visual):
-            return Turn(distance, item.tokens)
-        if self.frame == "mean":
-            return Turn(distance, item.tokens, item.visual.mean(0), item.emotion.mean(0))
-        drawn = float(uniform(np.array([key_of("frame", turn, utterance.id)], np.int64), self.seed)[0]) if self.frame == "drawn" else 0.5
-        chosen = int(drawn * len(item.visual))
-        return Turn(distance, item.tokens, item.visual[chosen], item.emotion[chosen])
+            return Turn(distance, tokens)
+        place = int(drawn * len(item.visual))
+        both = (item.visual, item.emotion)
+        return Turn(distance, tokens, *((part.mean(0) for part in both) if self.frame == "mean" else (part[place] for part in both)))
+
+    def _tokens(self, text: str) -> Tokens:
+        """Tokenise a text, once for the samples that share it."""
+        if len(self._known) >= REMEMBERED:
+            self._known.clear()
+        if text not in self._known:
+            self._known[text] = self.encoder.text(text)
+        return self._known[text]
 
 
 def assigned(samples: Sequence[Sample], plan: MaskingPlan, encoder: Encoder, step: int) -> list[Sample]:

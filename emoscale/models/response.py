@@ -36,7 +36,7 @@ class ResponseModel(nn.Module):
 
     Args:
         generator: configuration, as `transformers` writes it to config.json.
-        picture_width: features of a picture.
+        visual_width: features of a picture.
         turns: turns of a sample at most, the response included.
         rest: what else describes a model, not used here.
 
@@ -46,7 +46,7 @@ class ResponseModel(nn.Module):
     Source: Tian et al. 2022 (IgERG), and its released code.
     """
 
-    def __init__(self, *, generator: dict[str, Any], picture_width: int, turns: int, **rest: Any) -> None:
+    def __init__(self, *, generator: dict[str, Any], visual_width: int, turns: int, **rest: Any) -> None:
         super().__init__()
         from transformers import AutoModelForSeq2SeqLM
 
@@ -55,7 +55,7 @@ class ResponseModel(nn.Module):
         if not hasattr(self.model, "final_logits_bias"):
             raise ValueError(f"{self.model.config.model_type} is no BART-like model; take bart, mbart, pegasus or blenderbot")
         self.width = int(self.model.config.d_model)
-        self.picture = nn.Linear(picture_width, self.width)
+        self.picture = nn.Linear(visual_width, self.width)
         self.mark = nn.Embedding(1, self.width)
         self.kinds = nn.Embedding(2, self.width)
         self.turns = nn.Embedding(turns, self.width)

@@ -27,3 +27,8 @@ class Response(TurnObjective):
         logits = backbone.scores(hidden.answers.index_select(0, targets.rows)).float()
         loss = functional.cross_entropy(logits, targets.values, reduction="sum")
         return loss, {"accuracy": (logits.argmax(-1) == targets.values).sum()}
+
+
+def word_losses(backbone: ResponseModel, answers: Float[Tensor, "rl d"], targets: Targets) -> Float[Tensor, " m"]:
+    """Give the negative log-likelihood of every word piece of the responses, nats; see `Response`."""
+    return functional.cross_entropy(backbone.scores(answers.index_select(0, targets.rows)).float(), targets.values, reduction="none")

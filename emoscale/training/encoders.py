@@ -11,6 +11,7 @@ from emoscale.config import ConfigError
 from emoscale.data.collate import Encoder
 from emoscale.models.config import ModelConfig, TowerConfig
 from emoscale.models.pretrained import PretrainedEncoders, described, strides
+from emoscale.models.response import ResponseModel
 from emoscale.models.unified import UnifiedTransformer
 from emoscale.training.build import backbone_shape
 
@@ -19,6 +20,8 @@ log = logging.getLogger("emoscale")
 
 def utterance_encoder(shape: dict[str, Any]) -> Any:
     """Build what a shape describes, with random weights."""
+    if "generator" in shape:
+        return ResponseModel(**shape)
     return PretrainedEncoders(**shape) if "normalise" in shape else UnifiedTransformer(**shape)
 
 

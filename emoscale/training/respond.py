@@ -104,7 +104,10 @@ def response_shape(model: ModelConfig, turns: TurnsConfig, encoder: Encoder) -> 
         "bos_token_id": first, "decoder_start_token_id": first, "eos_token_id": last, "forced_eos_token_id": None, "forced_bos_token_id": None,
         "pad_token_id": tokenizer.pad_token_id,
     })  # fmt: skip
-    return {"generator": described(known), "picture_width": encoder.visual.width, "turns": turns.context + 1, "ground": turns.ground, "frame": turns.frame}
+    return {
+        "generator": described(known), "vocabulary": len(tokenizer), "width": known.d_model, "visual_width": encoder.visual.width,
+        "acoustic_width": encoder.acoustic.width, "turns": turns.context + 1, "ground": turns.ground, "frame": turns.frame,
+    }  # fmt: skip
 
 
 def read_response_objectives(objectives: dict[str, Any]) -> dict[str, Any]:
