@@ -54,7 +54,7 @@ def bleu(counts: NDArray[np.float64]) -> float:
     Source: Papineni et al. 2002; as sacrebleu computes it (13a tokens, `exp` smoothing).
     """
     matching, total = counts[:ORDER].tolist(), counts[ORDER : 2 * ORDER].tolist()
-    return float(_sacrebleu().compute_bleu(matching, total, counts[-2], counts[-1], smooth_method="exp").score)
+    return float(_sacrebleu().compute_bleu(matching, total, int(counts[-2]), int(counts[-1]), smooth_method="exp").score)
 
 
 def distinct(texts: Sequence[str], order: int) -> float:
