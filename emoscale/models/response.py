@@ -74,13 +74,42 @@ class ResponseModel(nn.Module):
 
     def forward(self, batch: TurnBatch) -> Read:
         """Encode every sample, and decode every response as it was given (teacher forcing)."""
-        places = self.encode(batch)
-        decoder = self.model.get_decoder()
-        answers = decoder(
-            input_ids=batch.answers, attention_mask=batch.answer_valid.long(), encoder_hidden_states=places[batch.answer_of],
-            encoder_attention_mask=batch.valid[batch.answer_of].long(), use_cache=False,
-        ).last_hidden_state
-        return Read(places.flatten(0, 1), answers.flatten(0, 1))
+        places = self.encode(batch).flatten(0, 1)
+        read = Read(places, places[:0])
+        return Read(places, self.decode(read, batch, batch.answers, attention_mask=batch.answer_valid.long()).flatten(0, 1))
+
+    def decode(self, read: Read, batch: TurnBatch, pieces: Int[Tensor, "r l"], **given: Any) -> Float[Tensor, "r l d"]:
+        """Give the decoder's states behind given word pieces of every response.
+
+        Args:
+            read: what the encoder made of the batch.
+            batch: the samples.
+            pieces: `[CLS] …`.
+            given: else of the decoder.
+        """
+        return self._decoded(read, batch, input_ids=pieces, use_cache=False, **given).last_hidden_state
+
+    @torch.no_grad()
+    def greedy(self, read: Read, batch: TurnBatch, length: int) -> Int[Tensor, "r l1"]:
+        """Give [CLS] and the `length` likeliest word pieces, each after those before it, on with garbage behind an end.
+
+        Unlike `respond` it takes as many steps whatever is said, so that ranks stay in step where parameters are shared out.
+        """
+        pieces, cache = batch.answers[:, :1], None
+        for _ in range(length):
+            out = self._decoded(read, batch, input_ids=pieces[:, -1:], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            pieces = torch.cat([pieces, self.scores(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)], dim=1)
+        return pieces
+
+    @property
+    def end(self) -> int:
+        """The word piece that ends a response."""
+        return int(self.model.config.eos_token_id)
+
+    def _decoded(self, read: Read, batch: TurnBatch, **given: Any) -> Any:
+        places = read.places.unflatten(0, batch.valid.shape)
+        return self.model.get_decoder()(encoder_hidden_states=places[batch.answer_of], encoder_attention_mask=batch.valid[batch.answer_of].long(), **given)
 
     def encode(self, batch: TurnBatch) -> Float[Tensor, "n s d"]:
         """Give the encoder's state of every place."""

@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
 
-from emoscale.models.response import ResponseModel
+from emoscale.data.turns import TurnBatch
+from emoscale.models.response import Read, ResponseModel
 from tests.objectives.test_turns import MIXED, batch, loss_of, objective, read
 from tests.objectives.test_turns import backbone as backbone  # noqa: PLC0414
-from tests.packing import VOCABULARY
+from tests.packing import CLS, SEP, VOCABULARY
 
 EYE = np.eye(VOCABULARY)
 
 
-def transcribed(form: str, backbone: ResponseModel, table: np.ndarray) -> float:
+def states_of(backbone: ResponseModel, hidden: Read, found: TurnBatch, row: int, pieces: list[int]) -> np.ndarray:
+    """Decode one response alone, without a cache."""
+    alone = replace(found, answer_of=found.answer_of[row : row + 1])
+    with torch.no_grad():
+        return backbone.decode(hidden, alone, torch.tensor([pieces]))[0].numpy()
+
+
+def transcribed(form: str, prefix: str, backbone: ResponseModel, table: np.ndarray) -> float:
     found = batch()
-    states = read(backbone, found).answers.unflatten(0, found.answers.shape).detach().numpy()
+    hidden = read(backbone, found)
     words = backbone.model.get_input_embeddings().weight.detach().numpy()
     total = 0.0
     for row, item in enumerate(MIXED[3:]):
         said = item.response.ids[1:-1]
-        logits = states[row, : len(said)] @ words.T
-        told = softmax(logits, axis=1) if form == "soft" else EYE[logits.argmax(1)]
-        truth, answer = (log_softmax(np.tanh(text @ table).sum(0)) for text in (EYE[said], told))
+        pieces = item.response.ids[:-1].tolist() if prefix == "said" else [CLS]
+        for _ in range(0 if prefix == "said" else 5):
+            pieces.append(int((states_of(backbone, hidden, found, row, pieces)[-1] @ words.T).argmax()))
+        told = pieces[:-1] if prefix == "said" else pieces[: (pieces[1:] + [SEP]).index(SEP)][:5]
+        logits = states_of(backbone, hidden, found, row, told) @ words.T if told else np.zeros((0, VOCABULARY))
+        shown = softmax(logits, axis=1) if form == "soft" else EYE[logits.argmax(1)]
+        truth, answer = (log_softmax(np.tanh(text @ table).sum(0) if len(text) else table[0]) for text in (EYE[said], shown))
         total += (np.exp(truth) * (truth - answer)).sum()
     return float(total)
 
 
-@pytest.mark.parametrize("form", ["soft", "straight_through"])
-def test_it_is_the_divergence_of_what_is_told_from_what_was_said(form: str, backbone: ResponseModel) -> None:
-    task = objective("response_emotion", form=form)
+FORMS = pytest.mark.parametrize(("form", "prefix"), [("soft", "said"), ("straight_through", "said"), ("soft", "generated"), ("straight_through", "generated")])
+
+
+@FORMS
+def test_it_is_the_divergence_of_what_is_told_from_what_was_said(form: str, prefix: str, backbone: ResponseModel) -> None:
+    task = objective("response_emotion", form=form, prefix=prefix, length=5)
     loss, extra = loss_of(task, "response_emotion", batch(), backbone)
-    assert loss.item() == pytest.approx(transcribed(form, backbone, task.classifier.table.detach().numpy()), rel=1e-5)
+    assert loss.item() == pytest.approx(transcribed(form, prefix, backbone, task.classifier.table.detach().numpy()), rel=1e-5)
     assert 0 <= extra["agreement"].item() <= 2
 
 
-@pytest.mark.parametrize("form", ["soft", "straight_through"])
-def test_it_teaches_the_generator_and_leaves_the_classifier_alone(form: str, backbone: ResponseModel) -> None:
-    task = objective("response_emotion", form=form)
+@FORMS
+def test_it_teaches_the_generator_and_leaves_the_classifier_alone(form: str, prefix: str, backbone: ResponseModel) -> None:
+    task = objective("response_emotion", form=form, prefix=prefix, length=5)
     loss_of(task, "response_emotion", batch(), backbone)[0].backward()
     reached = {name: float(value.grad.norm()) for name, value in backbone.named_parameters() if value.grad is not None}
     assert reached["model.model.shared.weight"] > 1e-3
@@ -49,7 +66,7 @@ def test_it_teaches_the_generator_and_leaves_the_classifier_alone(form: str, bac
 
 
 def test_a_step_along_it_makes_the_emotion_likelier(backbone: ResponseModel) -> None:
-    task, found = objective("response_emotion", form="soft"), batch()
+    task, found = objective("response_emotion", form="soft", prefix="said"), batch()
     optimizer = torch.optim.SGD(backbone.parameters(), lr=1e-3)
     losses = []
     for _ in range(5):
