@@ -13,9 +13,9 @@ from emoscale.config import ConfigError, DataError
 from emoscale.data.forecast import forecasts
 from emoscale.data.labelled import LabelledSet, check_encoders, default_key, labelled_set, read_labels
 from emoscale.data.streams import Corpus
+from emoscale.evaluation.generation_page import response_sections
 from emoscale.evaluation.heldout_page import heldout_sections
 from emoscale.evaluation.metrics import score
-from emoscale.evaluation.generation_page import response_sections
 from emoscale.evaluation.report import confusion_section, scores_section, write_report
 from emoscale.serving.hub import EmotionModel, load
 from emoscale.serving.respond import score_arms

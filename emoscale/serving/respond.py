@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +71,10 @@ class Responder(EmotionModel):
         return generate(self.backbone, self.encoder, samples, decoding or DECODING)
 
     def dialogues(self, path: str | Path) -> dict[str, list[Utterance]]:
-        """Read a file of dialogues: a JSON object per line with `text`, and optionally `dialogue` (its name) and either `visual` (frames of face
-        features, as the corpus has them, or a .npy file with them) or `media` (a film whose utterances are turns, instead of a text).
+        """Read a file of dialogues by their names, a turn per line.
+
+        A line is a JSON object with `text`, and optionally `dialogue` (its name) and either `visual` (frames of face features, as the
+        corpus has them, or a .npy file with them) or `media` (a film whose utterances are turns, instead of a text).
 
         Raises:
             DataError: a line is no such object, or features are of another width.

@@ -14,7 +14,19 @@ from emoscale.data.collate import Encoder
 from emoscale.data.masking import MaskingPlan, MaskSpec
 from emoscale.data.order import Order
 from emoscale.data.synthetic import Synthetic
-from emoscale.data.turns import EMOTION, IMAGE, MASKED, RESPONSE, SEQUENCE, TurnBatch, TurnReader, Turns, TurnSteps, pack_turns, within
+from emoscale.data.turns import (
+    EMOTION,
+    IMAGE,
+    MASKED,
+    RESPONSE,
+    SEQUENCE,
+    TurnBatch,
+    TurnReader,
+    Turns,
+    TurnSteps,
+    pack_turns,
+    within,
+)
 from tests.corpora import recorded
 
 LENGTHS = {"a": 9, "b": 1, "c": 4, "d": 3}

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from emoscale.config import DataError
-from emoscale.evaluation.generation import Responses, bleu, bleu_counts, compare, distinct, similarities, unigram_perplexity
+from emoscale.evaluation.generation import (
+    Responses,
+    bleu,
+    bleu_counts,
+    compare,
+    distinct,
+    similarities,
+    unigram_perplexity,
+)
 
 SAID = ["we go home now and then", "it rains on our red boat", "the door is open", "wait here for me while it rains"]
 TOLD = ["we go home now", "it rains on the red boat again", "a door", "wait here for me while it rains"]

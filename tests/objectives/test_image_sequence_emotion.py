@@ -6,7 +6,7 @@ import pytest
 
 from emoscale.models.response import ResponseModel
 from tests.objectives.test_image_emotion import divergence
-from tests.objectives.test_turns import backbone as backbone  # noqa: PLC0414
+from tests.objectives.test_turns import backbone as backbone
 from tests.objectives.test_turns import batch, loss_of, objective, read
 
 

@@ -8,7 +8,7 @@ from scipy.special import erf, log_softmax
 
 from emoscale.models.response import ResponseModel
 from tests.objectives.test_turns import MIXED, batch, loss_of, objective, read
-from tests.objectives.test_turns import backbone as backbone  # noqa: PLC0414
+from tests.objectives.test_turns import backbone as backbone
 
 
 def test_it_is_the_cross_entropy_of_what_was_withheld(backbone: ResponseModel) -> None:

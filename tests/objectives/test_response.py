@@ -11,7 +11,7 @@ from emoscale.models.task import TaskModel
 from emoscale.objectives.response import word_losses
 from tests.models.test_response import packed
 from tests.objectives.test_turns import MIXED, batch, loss_of, objective, read
-from tests.objectives.test_turns import backbone as backbone  # noqa: PLC0414
+from tests.objectives.test_turns import backbone as backbone
 
 
 def test_it_is_the_cross_entropy_of_every_next_piece(backbone: ResponseModel) -> None:

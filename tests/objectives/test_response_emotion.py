@@ -12,7 +12,7 @@ from scipy.special import log_softmax, softmax
 from emoscale.data.turns import TurnBatch
 from emoscale.models.response import Read, ResponseModel
 from tests.objectives.test_turns import MIXED, batch, loss_of, objective, read
-from tests.objectives.test_turns import backbone as backbone  # noqa: PLC0414
+from tests.objectives.test_turns import backbone as backbone
 from tests.packing import CLS, SEP, VOCABULARY
 
 EYE = np.eye(VOCABULARY)
@@ -35,7 +35,7 @@ def transcribed(form: str, prefix: str, backbone: ResponseModel, table: np.ndarr
         pieces = item.response.ids[:-1].tolist() if prefix == "said" else [CLS]
         for _ in range(0 if prefix == "said" else 5):
             pieces.append(int((states_of(backbone, hidden, found, row, pieces)[-1] @ words.T).argmax()))
-        told = pieces[:-1] if prefix == "said" else pieces[: (pieces[1:] + [SEP]).index(SEP)][:5]
+        told = pieces[:-1] if prefix == "said" else pieces[: [*pieces[1:], SEP].index(SEP)][:5]
         logits = states_of(backbone, hidden, found, row, told) @ words.T if told else np.zeros((0, VOCABULARY))
         shown = softmax(logits, axis=1) if form == "soft" else EYE[logits.argmax(1)]
         truth, answer = (log_softmax(np.tanh(text @ table).sum(0) if len(text) else table[0]) for text in (EYE[said], shown))
