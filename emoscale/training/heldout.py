@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from emoscale.batch import Batch
-from emoscale.config import DataError, load
+from emoscale.config import ConfigError, DataError, load
 from emoscale.data.collate import Encoded, pack, utterance_or_none
 from emoscale.data.masking import MaskingPlan, MaskSpec
 from emoscale.data.streams import Utterances
@@ -53,10 +53,13 @@ def evaluate_objectives(run: Path, *, draws: int = 20, seed: int = 0) -> dict[st
         over utterances), `utterances`, `units`; lower is better. For `tcmp`, `search`: see `score_search`.
 
     Raises:
+        ConfigError: the run generates responses, which a judge must score.
         DataError: the run held nothing out, or has no checkpoint.
     """
     config = load(RunConfig, run / "config.yaml")
     found = checkpoint.find_latest(run / "checkpoints")
+    if config.system == "response":
+        raise ConfigError(f"judge: no value given; what {run} generates needs a model folder that classifies texts (`emoscale finetune`)")
     if found is None or not config.data.held_out:
         raise DataError(f"{run}: {'has no checkpoint' if found is None else 'held nothing out (data.held_out)'}; nothing can be scored")
     train = open_corpora(config.data, config.run.seed).utterances

@@ -159,3 +159,5 @@ def test_runs_that_cannot_be_scored(trained: dict[str, Path], judge: Path, tmp_p
         score_run(tmp_path / "empty", loaded)
     with pytest.raises(ConfigError, match="judge: no value given"):
         score_arms({"blind": [trained["blind-1"]]}, "")
+    with pytest.raises(ConfigError, match="judge: no value given"):
+        evaluate(EvaluateConfig(model=str(trained["blind-1"])))
