@@ -5,6 +5,7 @@
 # make demo-mrepc   TCMP on the demo corpus: searches, and pre-recognition of the next emotion
 # make demo-pairs   the image–text bi-encoder on generated portraits: search, control, and the emotion classifier
 # make demo-report  the demo table: three seeds, every arm, the control
+# make demo-respond IgERG on the demo corpus: responses with and without pictures, with and without pre-training
 # make lint         format, style and types
 # make gpu-check    on a machine with a GPU: build csrc/, run the tests that need one, measure kernels and a step
 # make native       build csrc/ with the torch of .venv
@@ -36,7 +37,7 @@ endef
 
 timed = @start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(($$(date +%s) - start)) s"
 
-.PHONY: quickstart test test-ranks test-slurm test-s3 demo-report demo-tables demo-mrepc demo-pairs gpu-check lint native clean
+.PHONY: quickstart test test-ranks test-slurm test-s3 demo-report demo-tables demo-mrepc demo-pairs demo-respond gpu-check lint native clean
 .DELETE_ON_ERROR:
 
 ifeq ($(CORPUS),)
@@ -100,6 +101,21 @@ demo-pairs: $(VENV)/.installed
 	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/bi-encoder-demo.yaml)
 	@echo "reports: $(QUICK)/pairs.html $(QUICK)/pairs/report.html"
 
+RESPOND = $(EMOSCALE) pretrain configs/pretrain/respond-demo.yaml run.seed=$$seed
+demo-respond: $(VENV)/.installed
+	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo.yaml)
+	$(EMOSCALE) finetune configs/finetune/text-emotion-demo.yaml
+	$(EMOSCALE) finetune configs/finetune/text-emotion-demo.yaml 'run_folds=[2]' 'seeds=[2]' output=$(QUICK)/judge
+	@for seed in 1 2 3; do \
+		$(EMOSCALE) pretrain configs/pretrain/response-demo.yaml run.seed=$$seed run.output=$(QUICK)/respond/pretrain-$$seed || exit 1; \
+		$(RESPOND) run.output=$(QUICK)/respond/full-$$seed model.init=$(QUICK)/respond/pretrain-$$seed || exit 1; \
+		$(RESPOND) run.output=$(QUICK)/respond/blind-$$seed model.init=$(QUICK)/respond/pretrain-$$seed turns.ground=none || exit 1; \
+		$(RESPOND) run.output=$(QUICK)/respond/scratch-$$seed model.init= || exit 1; \
+	done
+	$(EMOSCALE) evaluate 'model=$(QUICK)/respond/full-{seed}' 'seeds=[1, 2, 3]' judge=$(QUICK)/judge/models/words labels=$(QUICK)/demo/labels.csv \
+		'beside={"without pictures": "$(QUICK)/respond/blind-{seed}"$(,) "without pre-training": "$(QUICK)/respond/scratch-{seed}"}' \
+		report=$(QUICK)/respond/report.html
+
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -126,10 +142,10 @@ native: $(VENV)/.installed-dev
 	EMOSCALE_BUILD=1 $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 
 $(VENV)/.installed: $(PROJECT) | $(BIN)/python
-	$(call install,prepare$(,)finetune,$@)
+	$(call install,prepare$(,)finetune$(,)generation,$@)
 
 $(VENV)/.installed-dev: $(PROJECT) | $(BIN)/python
-	$(call install,prepare$(,)finetune$(,)dev,$@ $(VENV)/.installed)
+	$(call install,prepare$(,)finetune$(,)generation$(,)dev,$@ $(VENV)/.installed)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "emoscale: no Python 3.11 or newer was found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }

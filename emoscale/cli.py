@@ -133,12 +133,19 @@ def evaluate(words: Words = None, json: Json = False) -> None:
 def predict(
     media: Annotated[list[Path], typer.Argument(help="Films to judge; subtitles beside them are used.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hugging Face id of a fine-tuned model.")],
+    respond: Annotated[bool, typer.Option("--respond", help="The files hold dialogues, a turn per line of JSON; generate the response to each.")] = False,
+    decoding: Annotated[str, typer.Option(help="How a response is generated, such as `do_sample=true top_p=0.9`; else beam search.")] = "",
     json: Json = False,
 ) -> None:
-    """Say the emotion of every utterance of a film, with the preprocessing the model was trained with."""
+    """Say the emotion of every utterance of a film, with the preprocessing the model was trained with; or respond to dialogues."""
     import emoscale
     from emoscale.config import DataError
 
+    if respond:
+        from emoscale.serving.respond import answers
+
+        rows = answers(model, media, decoding.split())
+        return _show(rows, json, "\n".join("\t".join(map(str, row.values())) for row in rows))
     loaded, rows, failed = emoscale.load(model), [], []
     for path in media:
         try:

@@ -70,6 +70,8 @@ class ModelConfig:
     """Recompute each layer in backward instead of keeping its activations."""
     encoders: EncodersConfig = field(default_factory=EncodersConfig)
     """Hugging Face models that encode utterances instead (`system: tcmp`, `bi_encoder`)."""
+    generator: TowerConfig = field(default_factory=lambda: TowerConfig(type="bart"))
+    """BART-like model that responds (`system: response`); without a source, of the shape given here. `data.tokenizer` must be a source's own."""
 
     def validate(self) -> None:
         """Fill what `size` gives and check the rest."""

@@ -23,9 +23,10 @@ class TextEmbedder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, ids: Int[Tensor, " w"], positions: Int[Tensor, " w"]) -> Float[Tensor, "w d"]:
-        """Embed the text tokens of a micro-batch."""
-        return self.dropout(self.norm(self.words(ids) + self.positions(positions) + self.types(torch.zeros_like(ids))))
+    def forward(self, ids: Int[Tensor, " w"] | Float[Tensor, "w c"], positions: Int[Tensor, " w"]) -> Float[Tensor, "w d"]:
+        """Embed the text tokens of a micro-batch: word pieces, or the share that each of the vocabulary has in a place."""
+        words = self.words(ids) if ids.ndim == 1 else ids @ self.words.weight
+        return self.dropout(self.norm(words + self.positions(positions) + self.types(torch.zeros_like(positions))))
 
 
 class FrameEmbedder(nn.Module):

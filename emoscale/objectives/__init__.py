@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from emoscale.objectives.base import Objective
 from emoscale.objectives.consistency import Consistency
+from emoscale.objectives.image_emotion import ImageEmotion
+from emoscale.objectives.image_sequence_emotion import ImageSequenceEmotion
 from emoscale.objectives.masked_acoustic import MaskedAcoustic
 from emoscale.objectives.masked_text import MaskedText
+from emoscale.objectives.masked_turns import MaskedTurns
 from emoscale.objectives.masked_visual import MaskedVisual
+from emoscale.objectives.response import Response
+from emoscale.objectives.response_emotion import ResponseEmotion
 from emoscale.objectives.target_search import AcousticSearch, DialogueObjective, FusedSearch, TextSearch
+from emoscale.objectives.turns import TurnObjective
 from emoscale.objectives.utterance_emotion import UtteranceEmotion
 from emoscale.objectives.visual_emotion import VisualEmotion
 
@@ -27,4 +33,13 @@ DIALOGUE_OBJECTIVES: dict[str, type[DialogueObjective]] = {
 }
 """Those of dialogue windows."""
 
-__all__ = ["DIALOGUE_OBJECTIVES", "OBJECTIVES", "DialogueObjective", "Objective"]
+RESPONSE_OBJECTIVES: dict[str, type[TurnObjective]] = {
+    "image_emotion": ImageEmotion,
+    "image_sequence_emotion": ImageSequenceEmotion,
+    "masked_turns": MaskedTurns,
+    "response": Response,
+    "response_emotion": ResponseEmotion,
+}
+"""Those of turns with pictures and the response to them."""
+
+__all__ = ["DIALOGUE_OBJECTIVES", "OBJECTIVES", "RESPONSE_OBJECTIVES", "DialogueObjective", "Objective", "TurnObjective"]

@@ -13,10 +13,12 @@ from emoscale.config import ConfigError, DataError
 from emoscale.data.forecast import forecasts
 from emoscale.data.labelled import LabelledSet, check_encoders, default_key, labelled_set, read_labels
 from emoscale.data.streams import Corpus
+from emoscale.evaluation.generation_page import response_sections
 from emoscale.evaluation.heldout_page import heldout_sections
 from emoscale.evaluation.metrics import score
 from emoscale.evaluation.report import confusion_section, scores_section, write_report
 from emoscale.serving.hub import EmotionModel, load
+from emoscale.serving.respond import score_arms
 from emoscale.training.heldout import evaluate_objectives
 
 log = logging.getLogger("emoscale")
@@ -44,6 +46,12 @@ class EvaluateConfig:
     """HTML file to write; empty = none."""
     beside: dict[str, str] = field(default_factory=dict)
     """Name → another pre-training run, scored too and shown in the same report."""
+    judge: str = ""
+    """Folder of a model that classifies texts and that no run was trained with: it judges what runs of `system: response` generate."""
+    seeds: list[int] = field(default_factory=list)
+    """Fill in `{seed}` in `model` and `beside`, where a row stands for runs of several seeds (`system: response`)."""
+    decoding: dict[str, Any] = field(default_factory=dict)
+    """How responses are generated, as `transformers` calls it, such as `{do_sample: true, top_p: 0.9}`; empty = beam search over five."""
     draws: int = 20
     """Mask draws per utterance, where a pre-training run is scored."""
 
@@ -73,6 +81,17 @@ def _pretrained(config: EvaluateConfig) -> dict[str, Any]:
     return results[first] | ({"beside": {name: results[name] for name in others}} if others else {})
 
 
+def _responses(config: EvaluateConfig) -> dict[str, Any]:
+    """Generate and judge responses of pre-training runs."""
+    rows = {Path(config.model).name: config.model} | config.beside
+    arms = {name.replace("-{seed}", ""): [Path(run.format(seed=seed)) for seed in config.seeds or [""]] for name, run in rows.items()}
+    result = score_arms(arms, config.judge, labels=config.labels, label_key=config.label_key, decoding=config.decoding)
+    if config.report:
+        command = f"emoscale evaluate model={config.model} judge={config.judge}" + (f" beside={config.beside}" if config.beside else "")
+        write_report(Path(config.report), title="Generated responses", sections=response_sections(result, command=command))
+    return result
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Give WA, UAR, WF1, confusion matrix and 95 % intervals, by the same path as `predict` on media.
 
@@ -82,6 +101,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError: the model has no head.
         DataError: labels or encoders do not fit.
     """
+    if config.judge:
+        return _responses(config)
     if (Path(config.model) / "checkpoints").is_dir():
         return _pretrained(config)
     if not config.corpus:

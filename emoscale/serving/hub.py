@@ -78,6 +78,12 @@ class EmoscaleModel(PreTrainedModel):
         """What encodes utterances."""
         return self.backbone.utterance if "dialogue" in self.config.shape else self.backbone
 
+    def tie_weights(self, *args: Any, **given: Any) -> None:
+        """Tie what transformers has loaded, also where a model of its own stands within this one."""
+        super().tie_weights(*args, **given)
+        if "generator" in self.config.shape:
+            self.backbone.tie()
+
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module)
 
@@ -277,6 +283,10 @@ def load(path_or_id: str | Path, *, device: str = "") -> EmotionModel:
         raise ConfigError(f"{folder}: holds a model of type {kind!r}, not {MODEL_TYPE!r}; `emoscale export` writes the right kind")
     if schema != SCHEMA:
         raise DataError(f"{folder}: schema is {schema!r}, this version reads {SCHEMA}; export the model again with this version")
+    if "generator" in config["shape"]:
+        from emoscale.serving.respond import Responder
+
+        return Responder(folder, device)
     return EmotionModel(folder, device)
 
 

@@ -12,6 +12,7 @@ from emoscale.data.collate import Encoder
 from emoscale.models.bi_encoder import BiEncoder
 from emoscale.models.config import ModelConfig, TowerConfig
 from emoscale.models.pretrained import PretrainedEncoders, described, strides
+from emoscale.models.response import ResponseModel
 from emoscale.models.unified import UnifiedTransformer
 from emoscale.training.build import backbone_shape
 
@@ -22,6 +23,8 @@ def utterance_encoder(shape: dict[str, Any]) -> Any:
     """Build what a shape describes, with random weights."""
     if "picture" in shape:
         return BiEncoder(**shape)
+    if "generator" in shape:
+        return ResponseModel(**shape)
     return PretrainedEncoders(**shape) if "normalise" in shape else UnifiedTransformer(**shape)
 
 

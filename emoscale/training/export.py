@@ -99,6 +99,8 @@ def export(source: str | Path, out: str | Path) -> Path:
 
 
 def _kind(shape: dict[str, Any]) -> str:
+    if "generator" in shape:
+        return f"Responding {shape['generator']['model_type']}"
     if "layers" in shape:
         return f"Unified transformer of {shape['layers']} layers"
     return f"{shape['text']['model_type']} and {shape['picture' if 'picture' in shape else 'acoustic']['model_type']}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from emoscale.batch import Batch
-from emoscale.config import DataError, load
+from emoscale.config import ConfigError, DataError, load
 from emoscale.data.collate import Encoded, pack, utterance_or_none
 from emoscale.data.masking import MaskingPlan, MaskSpec
 from emoscale.data.streams import Utterances
@@ -55,14 +55,17 @@ def evaluate_objectives(run: Path, *, draws: int = 20, seed: int = 0) -> dict[st
         `bi_encoder`, `pairs`: see `score_pairs`.
 
     Raises:
+        ConfigError: the run generates responses, which a judge must score.
         DataError: the run held nothing out, or has no checkpoint.
     """
     config = load(RunConfig, run / "config.yaml")
     found = checkpoint.find_latest(run / "checkpoints")
+    if config.system == "response":
+        raise ConfigError(f"judge: no value given; what {run} generates needs a model folder that classifies texts (`emoscale finetune`)")
     if found is None or not config.data.held_out:
         raise DataError(f"{run}: {'has no checkpoint' if found is None else 'held nothing out (data.held_out)'}; nothing can be scored")
     train = open_corpora(config.data, config.run.seed).utterances
-    held = _only_held_out(open_all(config.data), read_held_out(config.data.held_out))
+    held = only_held_out(open_all(config.data), read_held_out(config.data.held_out))
     tokenizer = load_tokenizer(str(found / "assets" / "tokenizer"), None)
     encoder = make_encoder(config.data, train, tokenizer)
     if config.system == "memobert":
@@ -83,7 +86,12 @@ def evaluate_objectives(run: Path, *, draws: int = 20, seed: int = 0) -> dict[st
     return result
 
 
-def _only_held_out(corpora: Sequence[Utterances], prefixes: tuple[str, ...]) -> list[Any]:
+def only_held_out(corpora: Sequence[Utterances], prefixes: tuple[str, ...]) -> list[Any]:
+    """Give the utterances of corpora whose ids begin with any of these.
+
+    Raises:
+        DataError: there is none.
+    """
     found = [item for corpus in corpora for item in map(corpus.__getitem__, range(len(corpus))) if item.id.startswith(prefixes)]
     if not found:
         raise DataError(f"data.held_out: no utterance of the corpus begins with any of its {len(prefixes)} lines")

@@ -31,6 +31,7 @@ from emoscale.training.corpora import DataConfig, Opened, expressions_of, folder
 from emoscale.training.engine import Engine, OptimConfig, ZeroConfig
 from emoscale.training.environment import environment, open_log
 from emoscale.training.loop import Hooks, Result, train
+from emoscale.training.respond import TurnsConfig
 from emoscale.training.schedule import learning_rate
 from emoscale.training.signals import Preemption
 from emoscale.training.systems import SYSTEMS, DialogueConfig, Name
@@ -85,10 +86,12 @@ class RunConfig:
 
     system: Name = "memobert"
     """What is trained: `memobert` on utterances, `tcmp` on dialogue windows (then batches count windows), `bi_encoder` on pairs of text and
-    picture (then `data.max_tokens` is what is embedded at a time, of one contrastive batch per rank)."""
+    picture (then `data.max_tokens` is what is embedded at a time, of one contrastive batch per rank), `response` on turns and the response
+    to them (then batches count responses)."""
     data: DataConfig = field(default_factory=DataConfig)
     dialogue: DialogueConfig = field(default_factory=DialogueConfig)
     pair: PairConfig = field(default_factory=PairConfig)
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objectives: dict[str, Any] = field(default_factory=_memobert_objectives)
     """Objective name → its options (mix, weight, ratio, span, whole_word); `mix: 0` turns one off. The default is MEmoBERT's; other

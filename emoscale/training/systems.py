@@ -24,6 +24,7 @@ from emoscale.training.build import Built, build, read_from
 from emoscale.training.corpora import Opened, expressions_of
 from emoscale.training.encoders import encoder_shape, load_towers, utterance_encoder
 from emoscale.training.flops import forward_flops, tower_flops
+from emoscale.training.respond import build_response, response_flops, response_steps
 from emoscale.training.start import start_from
 
 if TYPE_CHECKING:
@@ -152,5 +153,6 @@ SYSTEMS = {
     "memobert": System(_memobert, _utterance_steps, _utterance_flops),
     "tcmp": System(_tcmp, _dialogue_steps, _dialogue_flops),
     "bi_encoder": System(build_pairs, pair_steps, pair_flops),
+    "response": System(build_response, response_steps, response_flops),
 }
-Name = Literal["memobert", "tcmp", "bi_encoder"]
+Name = Literal["memobert", "tcmp", "bi_encoder", "response"]

@@ -1,0 +1,181 @@
+"""The fourth system: what is built, that ranks and micro-batches change nothing, and that it trains in the one loop and goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from emoscale import distributed
+from emoscale.config import ConfigError, load
+from emoscale.data.tokens import load_tokenizer
+from emoscale.models.response import ResponseModel
+from emoscale.training.corpora import make_encoder, open_corpora
+from emoscale.training.respond import read_response_objectives, response_flops
+from emoscale.training.run import RunConfig, check
+from emoscale.training.systems import SYSTEMS
+from tests.chats import RESPONSE, write_chats, write_judge
+from tests.training.forks import Forks
+from tests.training.runs import RECIPE, STEPS, Runs, assert_same_run, rows, wait_for_step
+
+LIMIT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("chats") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def judge(chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_judge(tmp_path_factory.mktemp("judge") / "model", chats)
+
+
+def all_five(judge: Path) -> str:
+    return f"objectives={{image_emotion: {{}}, image_sequence_emotion: {{}}, masked_turns: {{ratio: 0.3}}, response: {{}}, response_emotion: {{classifier: {judge}, form: soft}}}}"
+
+
+def built(chats: Path, *words: str) -> tuple[RunConfig, Any, Any]:
+    config = load(RunConfig, None, [*RESPONSE, f"data.corpora=[{chats}]", *words])
+    opened = open_corpora(config.data, 1)
+    encoder = make_encoder(config.data, opened.utterances, load_tokenizer("", chats))
+    torch.manual_seed(1)
+    return config, opened, SYSTEMS["response"].build(config, opened.utterances, encoder)
+
+
+def test_it_is_built_with_the_tasks_of_the_paper(chats: Path, judge: Path) -> None:
+    _, _, made = built(chats)
+    assert list(made.model.tasks) == ["image_emotion", "image_sequence_emotion", "masked_turns", "response"]
+    assert isinstance(made.model.backbone, ResponseModel)
+    known = made.model.backbone.model.config
+    assert (known.d_model, known.encoder_layers, known.vocab_size) == (32, 2, len(load_tokenizer("", chats)))
+    tokenizer = load_tokenizer("", chats)
+    assert (known.decoder_start_token_id, known.eos_token_id, known.pad_token_id) == (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+    assert list(built(chats, all_five(judge))[2].model.tasks)[-1] == "response_emotion"
+
+
+def gradients(chats: Path, judge: Path, world: int, max_tokens: int) -> dict[str, torch.Tensor]:
+    config, opened, made = built(chats, all_five(judge), f"data.max_tokens={max_tokens}")
+    shares = [SYSTEMS["response"].steps(config, opened, made, distributed.World(rank, world))[2] for rank in range(world)]
+    counts = {name: sum(b.targets[name].count for data in shares for b in data.batches) for name in made.model.tasks}
+    for data in shares:
+        for batch in data.batches:
+            made.model(batch, {name: 1.0 / max(1, counts[name]) for name in counts})[0].backward()
+    return {name: p.grad.clone() for name, p in made.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("world", "max_tokens"), [(2, 4096), (4, 4096), (1, 256)])
+def test_ranks_and_micro_batches_change_no_gradient(chats: Path, judge: Path, world: int, max_tokens: int) -> None:
+    whole, shared = gradients(chats, judge, 1, 4096), gradients(chats, judge, world, max_tokens)
+    assert shared.keys() == whole.keys()
+    off = sum(float((shared[name].double() - value.double()).square().sum()) for name, value in whole.items())
+    assert (off / sum(float(value.double().square().sum()) for value in whole.values())) ** 0.5 <= LIMIT
+
+
+def test_a_generator_with_weights_of_its_own(chats: Path, tmp_path: Path) -> None:
+    """A stock BART folder gives architecture and weights."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(9)
+    stock = BartForConditionalGeneration(BartConfig(vocab_size=80, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                                                    encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=2))  # fmt: skip
+    stock.save_pretrained(tmp_path / "bart")
+    _, _, made = built(chats, f"model.generator={{source: {tmp_path / 'bart'}, type: ''}}")
+    mine = made.model.backbone.model
+    torch.testing.assert_close(mine.model.shared.weight, stock.model.shared.weight)
+    torch.testing.assert_close(mine.model.decoder.layers[0].fc1.weight, stock.model.decoder.layers[0].fc1.weight)
+    assert mine.get_output_embeddings().weight is mine.model.shared.weight
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["model.positions=40"], r"turns.context: up to 99 positions are needed, model.generator has 40"),
+    (["objectives={respons: {}}"], "did you mean 'response'"),
+    (["objectives={masked_turns: {}}"], "it alone trains the decoder"),
+    (["objectives={response: {}, response_emotion: {}}"], "none is named"),
+    (["model.generator={type: t5}"], "no BART-like model|has no"),
+    (["model.generator={options: {nonsense: 1}}"], "bart has no nonsense"),
+])  # fmt: skip
+def test_what_cannot_be_built(chats: Path, words: list[str], message: str) -> None:
+    with pytest.raises((ConfigError, ValueError), match=message):
+        built(chats, *words)
+
+
+def test_objectives_that_weigh_nothing_are_left_out() -> None:
+    assert list(read_response_objectives({"response": {}, "masked_turns": {"mix": 0.0}, "image_emotion": {"weight": 0.0}})) == ["response"]
+
+
+def test_the_flops_of_a_step_grow_with_what_is_read(chats: Path) -> None:
+    config, opened, made = built(chats)
+    steps = SYSTEMS["response"].steps(config, opened, made, distributed.World())
+    alone = steps[0]
+    one = response_flops(made, alone)
+    alone.batches = alone.batches * 2
+    assert response_flops(made, alone) == pytest.approx(2 * one)
+    assert one > 2 * sum(batch.tokens for batch in alone.batches[: len(alone.batches) // 2]) * sum(p.numel() for p in made.model.backbone.model.get_encoder().layers.parameters()) / 3
+
+
+def test_check_runs_one_step(chats: Path, judge: Path) -> None:
+    check(load(RunConfig, None, [*RESPONSE, f"data.corpora=[{chats}]", all_five(judge)]))
+
+
+@pytest.fixture(scope="module")
+def runs(forks: Forks, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    recipe = [word for word in RECIPE if not word.startswith("objectives.")]
+    return Runs(forks, chats, tmp_path_factory.mktemp("runs"), recipe)
+
+
+GIVEN = [word for word in RESPONSE if not word.startswith(("run.", "model.dropout"))]
+SAME = ["model.dropout=0", "optim.name=sgd", "optim.lr=0.1", "optim.clip=0"]
+
+
+def moved(folder: Path) -> dict[str, torch.Tensor]:
+    """Give what the second half of the steps did to the weights."""
+    before, after = (load_file(folder / "checkpoints" / f"step_{step:08d}" / "weights.safetensors") for step in (STEPS // 2, STEPS))
+    return {name: value - before[name] for name, value in after.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "stage"), [(1, 1), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_ranks_and_stages_train_the_same(runs: Runs, judge: Path, world: int, stage: int) -> None:
+    whole = runs.unbroken(*GIVEN, all_five(judge), *SAME, "zero.stage=0")
+    parts = runs.unbroken(*GIVEN, all_five(judge), *SAME, f"zero.stage={stage}", world=world)
+    for mine, wanted in zip(rows(parts), rows(whole), strict=True):
+        for key in (key for key in wanted if key.startswith("loss")):
+            assert mine[key] == pytest.approx(wanted[key], rel=LIMIT), (mine["step"], key)
+    one, other = moved(parts), moved(whole)
+    off = sum(float((one[name].double() - value.double()).square().sum()) for name, value in other.items())
+    off = (off / sum(float(value.double().square().sum()) for value in other.values())) ** 0.5
+    print(f"\n{world} ranks, stage {stage}: {off:.1e}")
+    assert off <= LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize(("world", "stage"), [(1, 1), (2, 2), (2, 3)])
+def test_a_killed_run_goes_on_bit_equal(runs: Runs, judge: Path, tmp_path: Path, world: int, stage: int) -> None:
+    words = [*GIVEN, all_five(judge), f"zero.stage={stage}"]
+    folder = tmp_path / "run"
+    ranks = runs.start(folder, *words, world=world)
+    wait_for_step(folder, 7, ranks)
+    ranks.kill(signal.SIGKILL)
+    ranks.wait()
+    runs.start(folder, *words, world=world).succeed()
+    assert_same_run(folder, runs.unbroken(*words, world=world))
+
+
+def test_fine_tuning_on_responses_goes_on_from_a_pre_training(runs: Runs, judge: Path, tmp_path: Path) -> None:
+    """The same loop: another configuration with `model.init`, other objectives, the same encoder–decoder."""
+    source = runs.unbroken(*GIVEN, all_five(judge), *SAME, "zero.stage=0")
+    config, _, made = built(runs.corpus, "model.width=32", "objectives={response: {}}", f"model.init={source}")
+    known = load_file(source / "checkpoints" / f"step_{STEPS:08d}" / "weights.safetensors")
+    state = made.model.state_dict()
+    assert {name for name in state if name.startswith("backbone.")} == {name for name in known if name.startswith("backbone.")}
+    assert all(torch.equal(state[name], known[name]) for name in state if name.startswith("backbone."))
+    assert list(made.model.tasks) == ["response"]
+    described = json.loads((source / "assets" / "model.json").read_text())
+    assert described["shape"]["ground"] == config.turns.ground == "response"
