@@ -31,7 +31,7 @@ class EvaluateConfig:
     model: str = MISSING
     """Folder of a fine-tuned model; or a pre-training run, whose objectives are then scored on what it held out."""
     corpus: str = ""
-    """Folder that `emoscale prepare` wrote, with the model's encoders (not used for a pre-training run)."""
+    """Folder that `emoscale prepare` wrote, with the model's encoders; empty for a pre-training run = what it held out."""
     labels: str = ""
     """CSV with columns `id,<label_key>,speaker[,split]`; empty = labels of the corpus' own records."""
     label_key: str = ""
@@ -73,9 +73,10 @@ def _pretrained(config: EvaluateConfig) -> dict[str, Any]:
     runs = {Path(config.model).name: config.model} | config.beside
     if len(runs) <= len(config.beside):
         raise ConfigError(f"beside: {Path(config.model).name} is the name of model itself; choose another")
-    results = {name: evaluate_objectives(Path(run), draws=config.draws) for name, run in runs.items()}
+    elsewhere = Path(config.corpus) if config.corpus else None
+    results = {name: evaluate_objectives(Path(run), elsewhere=elsewhere, only=config.only, draws=config.draws) for name, run in runs.items()}
     if config.report:
-        command = f"emoscale evaluate model={config.model}" + (f" beside={config.beside}" if config.beside else "")
+        command = f"emoscale evaluate model={config.model}" + (f" corpus={config.corpus}" if config.corpus else "") + (f" beside={config.beside}" if config.beside else "")
         write_report(Path(config.report), title="Held-out utterances", sections=heldout_sections(results, command=command))
     first, *others = results
     return results[first] | ({"beside": {name: results[name] for name in others}} if others else {})

@@ -19,8 +19,9 @@ from torch import Tensor
 from emoscale.batch import Batch
 from emoscale.config import ConfigError, DataError, load
 from emoscale.data.collate import Encoded, pack, utterance_or_none
+from emoscale.data.labelled import check_encoders
 from emoscale.data.masking import MaskingPlan, MaskSpec
-from emoscale.data.streams import Utterances
+from emoscale.data.streams import Corpus, Utterances
 from emoscale.data.tokens import load_tokenizer
 from emoscale.models.task import TaskModel, encode
 from emoscale.training import checkpoint
@@ -46,8 +47,14 @@ class Baselines:
     """float32 [k]: mean teacher distribution."""
 
 
-def evaluate_objectives(run: Path, *, draws: int = 20, seed: int = 0) -> dict[str, Any]:
+def evaluate_objectives(run: Path, *, elsewhere: Path | None = None, only: str = "", draws: int = 20, seed: int = 0) -> dict[str, Any]:
     """Score a run's newest checkpoint on its held-out utterances (`data.held_out` of its configuration).
+
+    Args:
+        run: folder of the run; the result is kept there too, as held_out.json, unless another corpus was scored.
+        elsewhere: another corpus whose utterances are scored instead, `only` those whose ids begin so.
+        draws: mask draws per utterance.
+        seed: of masks, candidates and intervals.
 
     Returns:
         Per objective: `model` and `baseline` (mean loss per masked unit), `difference` with its 95 % interval (bootstrap
@@ -62,10 +69,15 @@ def evaluate_objectives(run: Path, *, draws: int = 20, seed: int = 0) -> dict[st
     found = checkpoint.find_latest(run / "checkpoints")
     if config.system == "response":
         raise ConfigError(f"judge: no value given; what {run} generates needs a model folder that classifies texts (`emoscale finetune`)")
-    if found is None or not config.data.held_out:
+    if found is None or not (config.data.held_out or elsewhere):
         raise DataError(f"{run}: {'has no checkpoint' if found is None else 'held nothing out (data.held_out)'}; nothing can be scored")
     train = open_corpora(config.data, config.run.seed).utterances
-    held = only_held_out(open_all(config.data), read_held_out(config.data.held_out))
+    if elsewhere is not None:
+        other = Corpus(elsewhere)
+        check_encoders(train.manifest, other.manifest, str(elsewhere))
+        held = only_held_out([other], (only,))
+    else:
+        held = only_held_out(open_all(config.data), read_held_out(config.data.held_out))
     tokenizer = load_tokenizer(str(found / "assets" / "tokenizer"), None)
     encoder = make_encoder(config.data, train, tokenizer)
     if config.system == "memobert":
@@ -82,7 +94,8 @@ def evaluate_objectives(run: Path, *, draws: int = 20, seed: int = 0) -> dict[st
     else:
         constants = _baselines(built, train)
         result |= {"draws": draws, "objectives": {spec.name: _score(built, spec, held, constants, draws, seed) for spec in built.plan.specs}}
-    (run / "held_out.json").write_text(json.dumps(result, indent=1))
+    if elsewhere is None:
+        (run / "held_out.json").write_text(json.dumps(result, indent=1))
     return result
 
 

@@ -143,6 +143,16 @@ FORECAST = [
 ARMS = 'arms={scratch: {init: ""}, tcmp: {}, near: {head: {name: forecast, length: 3}}, baseline: {init: "", head: {name: recurrent}}, frozen: {mode: frozen}}'
 
 
+def test_a_run_is_scored_on_another_corpus(runs: Runs, tmp_path: Path) -> None:
+    source = runs.unbroken(*TCMP, *SEARCH, "zero.stage=1")
+    spoken = Talks(Synthetic(48, visual_width=6, acoustic_width=5, expressions=0, seed=4), {f"{'x' if i < 12 else 'y'}{i}": 9 for i in range(14)})
+    other = write_corpus(tmp_path / "other", spoken.items, spoken.manifest)
+    part, whole = (evaluate(EvaluateConfig(model=str(source), corpus=str(other), only=only)) for only in ("x", ""))
+    assert (part["held_out"], whole["held_out"]) == (12 * 9, 14 * 9)
+    assert 0 < part["search"]["T2T"]["queries"] < whole["search"]["T2T"]["queries"]
+    assert not (source / "held_out.json").exists(), "what the run held out is something else"
+
+
 def test_forecasts_are_fine_tuned_from_dialogues(runs: Runs, tmp_path: Path) -> None:
     source = runs.unbroken(*TCMP, *SEARCH, "zero.stage=1")
     given = [f"corpus={runs.corpus}", f"init={source}", f"output={tmp_path / 'table'}", *FORECAST, ARMS, "compare=[[tcmp, scratch]]"]
