@@ -87,7 +87,7 @@ demo-mrepc: $(VENV)/.installed
 	done
 	$(TCMP) run.output=$(QUICK)/tcmp/intra objectives.fused_search.weight=0 objectives.consistency.weight=0
 	$(TCMP) run.output=$(QUICK)/tcmp/inter objectives.text_search.weight=0 objectives.acoustic_search.weight=0 objectives.consistency.weight=0
-	$(EMOSCALE) evaluate model=$(QUICK)/tcmp/pretrain-1 report=$(QUICK)/tcmp/searches.html \
+	$(EMOSCALE) evaluate model=$(QUICK)/tcmp/pretrain-1 corpus=$(QUICK)/forecasts report=$(QUICK)/tcmp/searches.html \
 		'beside={intra-modal: $(QUICK)/tcmp/intra$(,) inter-modal: $(QUICK)/tcmp/inter$(,) control: $(QUICK)/tcmp/control-1}'
 	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/mrepc-demo.yaml)
 	@echo "reports: $(QUICK)/tcmp/searches.html $(QUICK)/mrepc/report.html"
