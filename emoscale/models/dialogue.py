@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from emoscale.data.dialogues import NEARBY
-from emoscale.models.unified import UnifiedTransformer
 
 MODALITIES = ("text", "acoustic", "fused")
 Scale = Literal["width", "none"]
@@ -119,6 +118,6 @@ class DialogueModel(nn.Module):
         dialogue: puts the pooled utterances in context.
     """
 
-    def __init__(self, utterance: UnifiedTransformer, dialogue: DialogueEncoder) -> None:
+    def __init__(self, utterance: Any, dialogue: DialogueEncoder) -> None:
         super().__init__()
         self.utterance, self.dialogue = utterance, dialogue

@@ -121,8 +121,8 @@ def open_corpora(data: DataConfig, seed: int, known: Sequence[dict[str, Any]] = 
     parts = [Selected(corpus, data.only, held_out, data.fraction) if chosen else corpus for corpus in corpora]
     whole = joined(parts, stages)
     order = sequence(parts, stages, seed, weights=data.weights, block=data.block)
-    known = [sum(counts) for counts in counts_of(parts, stages)]
-    return Opened(Shuffled(whole, seed) if data.shuffle_modalities else whole, order, stages, known)
+    sizes = [sum(counts) for counts in counts_of(parts, stages)]
+    return Opened(Shuffled(whole, seed) if data.shuffle_modalities else whole, order, stages, sizes)
 
 
 def open_all(data: DataConfig) -> list[Corpus]:
