@@ -71,6 +71,8 @@ class System:
 
 
 def _memobert(config: RunConfig, corpus: Utterances, encoder: Encoder) -> Built:
+    if config.model.encoders.text.given or config.model.encoders.acoustic.given:
+        raise ConfigError("model.encoders: system=memobert has one transformer for all modalities; start it from a BERT by model.init, or take system=tcmp")
     return build(
         config.model, config.objectives, encoder, seed=config.run.seed, per_step=config.data.task_mix == "per_step",
         modality_dropout=config.data.modality_dropout, expressions=expressions_of(corpus),

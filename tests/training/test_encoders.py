@@ -144,6 +144,12 @@ def test_what_does_not_fit_is_refused(corpus: Path, tmp_path: Path, words: list[
         check(config_of(corpus, tmp_path / "run", *words))
 
 
+def test_one_transformer_for_all_takes_no_encoders(corpus: Path, tmp_path: Path) -> None:
+    words = [word for word in WORDS if not word.startswith(("system", "dialogue"))]
+    with pytest.raises(ConfigError, match="system=memobert has one transformer"):
+        check(load(RunConfig, None, [*words, f"data.corpora=[{corpus}]", f"run.output={tmp_path}", "run.steps=4"]))
+
+
 def test_a_model_that_reads_no_waveform_is_refused(corpus: Path, tmp_path: Path) -> None:
     words = [word for word in WORDS if "acoustic" not in word]
     config = load(RunConfig, None, [*words, "model.encoders.acoustic={type: bert}", f"data.corpora=[{corpus}]", f"run.output={tmp_path}", "run.steps=4"])
