@@ -198,9 +198,8 @@ def score_run(run: Path, judge: EmotionModel, *, labels: str = "", label_key: st
     backbone: Any = built.model.eval().backbone
     reader = still(encoder, config.turns.ground, config.turns.frame)
     asked = [[held[member] for member in members] for members in _all(Turns(held, config.turns.context))]
-    samples = [reader(utterances)[0] for utterances in asked]
-    kept = [number for number, sample in enumerate(samples) if sample.turns]
-    samples, last = [samples[number] for number in kept], [asked[number][-1] for number in kept]
+    # Turns without words or pictures are answered too: runs that see less must answer the same.
+    samples, last = [reader(utterances)[0] for utterances in asked], [utterances[-1] for utterances in asked]
     generated = generate(backbone, encoder, samples, decoding or DECODING)
     nll, pieces = likelihoods(backbone, encoder, samples)
     heard, meant = judged(judge, [item.text for item in last]), judged(judge, generated)
