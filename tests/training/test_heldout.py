@@ -15,7 +15,7 @@ from emoscale.data.synthetic import Synthetic, synthetic_tokenizer
 from emoscale.data.tokens import Features, TextEncoder
 from emoscale.models.config import ModelConfig
 from emoscale.training.build import Built, build
-from emoscale.training.heldout import _baselines, _draws, _only_held_out, _score, evaluate_objectives
+from emoscale.training.heldout import _baselines, _draws, _score, evaluate_objectives, only_held_out
 from emoscale.training.run import RunConfig
 from tests.training.runs import Runs
 
@@ -71,7 +71,7 @@ def test_constants_come_from_the_training_utterances(built: Built) -> None:
 
 def test_what_cannot_be_scored_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no utterance"):
-        _only_held_out([SOURCE], ("films/",))
+        only_held_out([SOURCE], ("films/",))
     config = load(RunConfig, None, ["data.corpora=[nowhere]", f"run.output={tmp_path}"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     with pytest.raises(DataError, match="no checkpoint"):
