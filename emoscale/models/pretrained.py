@@ -6,6 +6,7 @@ top of one stands on top of the other. Padding changes nothing: see each tower.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -199,7 +200,7 @@ def read_config(config: dict[str, Any]) -> Any:
 
 def described(config: Any) -> dict[str, Any]:
     """Give a `transformers` configuration as JSON keeps it, without what the version in use adds."""
-    kept = config.to_diff_dict()
+    kept = json.loads(config.to_json_string(use_diff=True))  # keys are words, as they will be when a run goes on
     return {name: value for name, value in kept.items() if name not in ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")}
 
 

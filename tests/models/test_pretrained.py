@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -162,9 +163,9 @@ def test_recomputation_gives_the_same_gradients() -> None:
 
 
 def test_a_configuration_comes_back_from_json() -> None:
-    import json
-
-    for config in (text_config("t5"), voice_config("wavlm")):
+    labelled = described(AutoConfig.for_model("bert", **TEXTS["bert"], id2label={0: "sad", 1: "happy", 2: "none"}))
+    for config in (text_config("t5"), voice_config("wavlm"), labelled):
+        assert json.loads(json.dumps(config)) == config, "a resumed run compares it with what it wrote"
         again = read_config(json.loads(json.dumps(config)))
         assert described(again) == config
         assert "transformers_version" not in config
