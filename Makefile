@@ -121,7 +121,7 @@ test: $(VENV)/.installed-dev
 
 test-ranks: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/training/test_engine.py tests/training/test_run.py tests/training/test_tcmp.py \
-		tests/training/test_encoders.py tests/training/test_bi_encoder.py $(PYTEST_ARGS)
+		tests/training/test_encoders.py tests/training/test_bi_encoder.py tests/training/test_respond.py $(PYTEST_ARGS)
 
 test-slurm: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/slurm $(PYTEST_ARGS)
