@@ -354,15 +354,15 @@ class ImageModel:
 
         crops = crops[: self._max_frames]
         features = [np.zeros((0, self.width), np.float32)]
-        probabilities = [np.zeros((0, len(self.classes)), np.float32)]
+        judged = [np.zeros((0, len(self.classes)), np.float32)]
         for first in range(0, len(crops), self._batch):
             inputs = self._processor(list(crops[first : first + self._batch]), return_tensors="pt")
             with torch.inference_mode():
                 logits = self._model(**inputs).logits
             features.append(self._seen.pop().flatten(1).numpy())
             if self._teacher is None:
-                probabilities.append(logits.softmax(dim=-1).numpy())
-        own = np.concatenate(probabilities).astype(np.float16)
+                judged.append(logits.softmax(dim=-1).numpy())
+        own = np.concatenate(judged).astype(np.float16)
         given = own if self._teacher is None else probabilities(self._teacher, crops)
         return np.concatenate(features).astype(np.float16), given
 

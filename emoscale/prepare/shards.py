@@ -137,7 +137,9 @@ def listed(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _raw_frames(utterance: Utterance, modality: str, width: int) -> int:
     """Give how many frames are kept raw."""
-    return count_faces(utterance.faces) if modality == "visual" else count_samples(utterance.audio) // width
+    if modality == "visual":
+        return count_faces(utterance.faces)
+    return count_samples(utterance.audio) // width if utterance.audio else 0
 
 
 def _fit(utterance: Utterance, widths: dict[str, int]) -> None:
