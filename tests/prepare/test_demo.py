@@ -383,6 +383,21 @@ def test_oracle_reaches_what_the_corpus_was_made_for(tmp_path: Path, table: list
         assert scores["forecast"]["uar"] > 0.4
 
 
+def test_distant_context_tells_next_to_nothing_in_these_films(tmp_path: Path) -> None:
+    """What a forecast can gain from more than source and response, by exact filtering; a head that gains nothing has lost nothing."""
+    path = tmp_path / "labels.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list[str](COLUMNS))
+        writer.writeheader()
+        writer.writerows(rows(forecasts()))
+    whole, near, blind = oracle.forecasts(path), oracle.forecasts(path, before=2), oracle.forecasts(path, cues=())
+    assert whole["predictions"].keys() == near["predictions"].keys()
+    assert len(whole["predictions"]) > 1600
+    assert whole["uar"] > 0.5
+    assert abs(whole["uar"] - near["uar"]) < 0.01
+    assert blind["uar"] == pytest.approx(0.25, abs=0.03)
+
+
 def test_oracle_weighs_cues_by_their_odds() -> None:
     assert oracle.posterior({"text": "", "face": "", "voice": ""}) == pytest.approx([0.25] * 4)
     assert oracle.posterior({"face": "happy"})[1] == pytest.approx(0.6)

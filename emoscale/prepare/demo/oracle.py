@@ -91,6 +91,43 @@ def oracle(labels: Path, split: str = "labelled") -> dict[str, dict[str, Any]]:
     return found | {"forecast": _score(later, guesses)}
 
 
+def forecasts(labels: Path, split: str = "labelled", *, before: int = 10, cues: tuple[str, ...] = ("text", "voice")) -> dict[str, Any]:
+    """Forecast each emotion as well as it can be done from what was shown before it: a bound on every forecasting head.
+
+    Asked are utterances whose speaker is that of the utterance two before, as `data.forecast` asks.
+
+    Args:
+        labels, split: as of `oracle`.
+        before: utterances that are looked at; 2 are source and response, without distant context.
+        cues: what is seen of them.
+
+    Returns:
+        `accuracy`, `uar` and `predictions` (id → emotion).
+    """
+    with labels.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == split]
+    asked, guesses = [], []
+    for place, row in enumerate(rows):
+        known = [other for other in rows[max(0, place - before) : place] if other["dialogue"] == row["dialogue"]]
+        if len(known) >= 2 and known[-2]["speaker"] == row["speaker"]:
+            asked.append(row)
+            guesses.append(tables.EMOTIONS[int(_filtered(known, row["speaker"], cues).argmax())])
+    return _score(asked, guesses)
+
+
+def _filtered(known: list[dict[str, str]], speaker: str, cues: tuple[str, ...]) -> np.ndarray:
+    """Give the distribution of a speaker's next emotion, by exact filtering over the last emotions of both who talk."""
+    weight = sum(tables.INERTIA_RANGE) / 2
+    follows = weight * np.array(tables.INERTIA)[:, None, :] + (1 - weight) * np.array(tables.INFLUENCE)[None, :, :]
+    belief = np.full((4, 4), 1 / 16)  # of this speaker's last emotion and the other's
+    for row in known:
+        own = belief if row["speaker"] == speaker else belief.T
+        seen = posterior({cue: row[_COLUMN[cue]] for cue in cues})
+        new = np.einsum("oq,oqc->cq", own, follows) * seen[:, None]
+        belief = new / new.sum() if row["speaker"] == speaker else new.T / new.sum()
+    return np.einsum("oq,oqc->c", belief, follows)
+
+
 _COLUMN = {"text": "text_class", "face": "shown_face", "voice": "shown_voice"}
 
 
