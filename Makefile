@@ -1,11 +1,14 @@
 # make quickstart   from a fresh clone to quickstart/report.html (CORPUS=folder takes real video instead of the demo)
 # make test         the whole test suite (PYTEST_ARGS=… goes to pytest)
 # make test-ranks   the longer tests of equality over ranks, kills and signals
+# make test-faults  faults injected into real runs, twenty of each; goes on where it stopped, and writes benchmarks/faults
+# make test-zero    the matrix of ZeRO stages, precisions, systems, ranks …, every pair; writes benchmarks/zero
 # make demo-tables  the tables of the paper: arms, ablations, shares of the labels and of the corpus
 # make demo-mrepc   TCMP on the demo corpus: searches, and pre-recognition of the next emotion
 # make demo-pairs   the image–text bi-encoder on generated portraits: search, control, and the emotion classifier
 # make demo-report  the demo table: three seeds, every arm, the control
 # make demo-respond IgERG on the demo corpus: responses with and without pictures, with and without pre-training
+# make bench-check  run the benchmarks again, and fail where a ratio fell by more than 15 % (CLIPS=folder adds prepare's)
 # make lint         format, style and types
 # make gpu-check    on a machine with a GPU: build csrc/, run the tests that need one, measure kernels and a step
 # make native       build csrc/ with the torch of .venv
@@ -16,6 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PYTEST_ARGS ?=
 CORPUS ?=
+CLIPS ?=
 QUICK := quickstart
 BIN := $(VENV)/bin
 EMOSCALE := $(BIN)/emoscale
@@ -37,7 +41,7 @@ endef
 
 timed = @start=$$(date +%s); echo "== $(1)"; $(2) && echo "== $(1): $$(($$(date +%s) - start)) s"
 
-.PHONY: quickstart test test-ranks test-slurm test-s3 demo-report demo-tables demo-mrepc demo-pairs demo-respond gpu-check lint native clean
+.PHONY: quickstart test test-ranks test-slurm test-s3 test-faults test-zero demo-report demo-tables demo-mrepc demo-pairs demo-respond bench-check gpu-check lint native clean
 .DELETE_ON_ERROR:
 
 ifeq ($(CORPUS),)
@@ -95,6 +99,7 @@ demo-mrepc: $(VENV)/.installed
 PAIRS = $(EMOSCALE) pretrain configs/pretrain/bi-encoder-demo.yaml
 demo-pairs: $(VENV)/.installed
 	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo-portraits.yaml)
+	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo-portraits-labelled.yaml)
 	$(call timed,pretrain,$(PAIRS))
 	$(PAIRS) run.output=$(QUICK)/bi-encoder-control data.shuffle_modalities=true
 	$(EMOSCALE) evaluate model=$(QUICK)/bi-encoder report=$(QUICK)/pairs.html 'beside={control: $(QUICK)/bi-encoder-control}'
@@ -110,10 +115,11 @@ demo-respond: $(VENV)/.installed
 		$(EMOSCALE) pretrain configs/pretrain/response-demo.yaml run.seed=$$seed run.output=$(QUICK)/respond/pretrain-$$seed || exit 1; \
 		$(RESPOND) run.output=$(QUICK)/respond/full-$$seed model.init=$(QUICK)/respond/pretrain-$$seed || exit 1; \
 		$(RESPOND) run.output=$(QUICK)/respond/blind-$$seed model.init=$(QUICK)/respond/pretrain-$$seed turns.ground=none || exit 1; \
+		$(RESPOND) run.output=$(QUICK)/respond/no-term-$$seed model.init=$(QUICK)/respond/pretrain-$$seed objectives.response_emotion.weight=0 || exit 1; \
 		$(RESPOND) run.output=$(QUICK)/respond/scratch-$$seed model.init= || exit 1; \
 	done
 	$(EMOSCALE) evaluate 'model=$(QUICK)/respond/full-{seed}' 'seeds=[1, 2, 3]' judge=$(QUICK)/judge/models/words labels=$(QUICK)/demo/labels.csv \
-		'beside={"without pictures": "$(QUICK)/respond/blind-{seed}"$(,) "without pre-training": "$(QUICK)/respond/scratch-{seed}"}' \
+		'beside={"without pictures": "$(QUICK)/respond/blind-{seed}"$(,) "without pre-training": "$(QUICK)/respond/scratch-{seed}"$(,) "without emotion term": "$(QUICK)/respond/no-term-{seed}"}' \
 		report=$(QUICK)/respond/report.html
 
 test: $(VENV)/.installed-dev
@@ -121,13 +127,25 @@ test: $(VENV)/.installed-dev
 
 test-ranks: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/training/test_engine.py tests/training/test_run.py tests/training/test_tcmp.py \
-		tests/training/test_encoders.py tests/training/test_bi_encoder.py tests/training/test_respond.py $(PYTEST_ARGS)
+		tests/training/test_encoders.py tests/training/test_bi_encoder.py tests/training/test_respond.py \
+		tests/training/test_worlds.py tests/training/test_norms.py tests/training/test_saving.py tests/training/test_mirror.py $(PYTEST_ARGS)
 
 test-slurm: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow tests/slurm $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not faults" tests/slurm $(PYTEST_ARGS)
 
 test-s3: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow tests/s3 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not faults" tests/s3 $(PYTEST_ARGS)
+
+test-faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "slow and faults" tests/faults tests/slurm tests/s3 $(PYTEST_ARGS)
+	$(BIN)/python -m tests.faults.ledger
+
+test-zero: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow tests/zero $(PYTEST_ARGS)
+	$(BIN)/python -m tests.zero.page
+
+bench-check: $(VENV)/.installed-dev
+	$(EMOSCALE) bench check $(if $(CLIPS),'source=$(CLIPS)')
 
 gpu-check: native
 	$(BIN)/python -m pytest -q -m gpu tests

@@ -35,11 +35,7 @@ GPUS = "8.0;9.0+PTX"
 def cxx() -> str | None:
     """Give the C++ compiler that torch's builder would call."""
     named = os.environ.get("CXX")
-    return (
-        shutil.which(shlex.split(named)[0])
-        if named
-        else shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    )
+    return shutil.which(shlex.split(named)[0]) if named else shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 def obstacle(sources: list[str]) -> str | None:

@@ -39,9 +39,9 @@ def load(path_or_id: str | Path, *, device: str = "") -> EmotionModel:
 
 
 def _register() -> None:
-    from emoscale.serving import hub
+    from emoscale.serving import auto
 
-    hub.register()
+    auto.register()
 
 
 after_import("transformers.models.auto.modeling_auto", _register, quiet=("transformers", "emoscale"))

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from emoscale.files import parse_json
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -40,6 +42,9 @@ TEXT_FEATURES = {"text_features": "ndarray:float16"}
 
 RAW = {"acoustic": ("audio", "bytes"), "visual": ("faces", "bytes")}
 """Modality → the column that a raw shard has in the place of its features, see `emoscale.codecs`."""
+
+KNOWN = [*(name for name in COLUMNS if name != "label"), *TEXT_FEATURES, *(column for column, _ in RAW.values())]
+"""Columns that are fields of an utterance as they are."""
 
 
 def columns_of(raw: Collection[str] = (), *, text_features: bool = False) -> dict[str, str]:
@@ -102,10 +107,15 @@ class Utterance:
 
     @classmethod
     def from_record(cls, row: dict[str, Any]) -> Utterance:
-        """Read a row of an MDS shard back."""
-        label = json.loads(row["label"]) if row.get("label") else {}
-        known = [*COLUMNS, *TEXT_FEATURES, *(column for column, _ in RAW.values())]
-        return cls(**{name: _restored(row[name]) for name in known if name != "label" and name in row}, label=label)
+        """Read a row of an MDS shard back.
+
+        Raises:
+            ValueError: a label is no JSON object, or features are no frames.
+        """
+        label = parse_json(row["label"]) if (row.get("label") or "{}") != "{}" else {}
+        if not isinstance(label, dict):
+            raise ValueError(f"label is {label!r}, an object was expected")
+        return cls(**{name: _restored(row[name]) for name in KNOWN if name in row}, label=label)
 
 
 @dataclass
@@ -196,6 +206,33 @@ class Batch:
         return replace(self, targets={name: Targets(t.rows[:0], t.values[:0]) for name, t in self.targets.items()})
 
 
+@dataclass
+class EmbeddedBatch:
+    """Utterances of which a head is given what it reads: one vector each."""
+
+    ids: list[str]
+    """Names of the b utterances."""
+    embeddings: Tensor
+    """float32 [b, e]"""
+    targets: dict[str, Targets]
+    """See `Batch.targets`; rows are those of `embeddings`."""
+    tokens: int = 0
+    """None is read."""
+
+    @property
+    def utterances(self) -> int:
+        """Number of utterances."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> EmbeddedBatch:
+        """Copy every tensor to a device."""
+        return replace(self, embeddings=self.embeddings.to(device, non_blocking=non_blocking), targets=_moved(self.targets, device, non_blocking))
+
+    def without_targets(self) -> EmbeddedBatch:
+        """Give the same batch with nothing to predict."""
+        return replace(self, embeddings=self.embeddings[:0], targets={name: Targets(t.rows[:0], t.values[:0]) for name, t in self.targets.items()})
+
+
 def _stored(value: Any) -> Any:
     """MDS refuses arrays without elements: such a one is stored as zeros with one more row and column and a third axis."""
     if isinstance(value, np.ndarray) and value.size == 0:
@@ -204,9 +241,11 @@ def _stored(value: Any) -> Any:
 
 
 def _restored(value: Any) -> Any:
-    if isinstance(value, np.ndarray) and value.ndim == 3:
-        return np.zeros((value.shape[0] - 1, value.shape[1] - 1), value.dtype)
-    return value
+    if not isinstance(value, np.ndarray) or value.ndim == 2:
+        return value
+    if value.ndim != 3 or 1 not in value.shape[:2] or 0 in value.shape:
+        raise ValueError(f"features of shape {value.shape}, [frames, width] was expected")
+    return np.zeros((value.shape[0] - 1, value.shape[1] - 1), value.dtype)
 
 
 def _moved(value: Any, device: torch.device | str, non_blocking: bool) -> Any:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -36,9 +37,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")] = False,
 ) -> None:
     """Pre-train multimodal emotion models on unlabelled video, and turn them into emotion applications."""
     if version:
@@ -50,11 +49,11 @@ def root(
 
 @app.command(epilog="Example: `emoscale doctor runs/memobert-demo/checkpoints/step_00000200`")
 def doctor(
-    target: Annotated[Path | None, typer.Argument(help="A checkpoint or a corpus whose hashes to verify.")] = None,
+    target: Annotated[Path | None, typer.Argument(help="A run, a checkpoint or a corpus whose hashes to verify.")] = None,
     clean: Annotated[bool, typer.Option("--clean", help="Free shared memory that killed runs left behind.")] = False,
     json: Json = False,
 ) -> None:
-    """Say what this machine can run, what it lacks and the remedy; or verify a checkpoint or a corpus."""
+    """Say what this machine can run, what it lacks and the remedy; or verify a run, a checkpoint or a corpus."""
     from emoscale import doctor as room
 
     findings = room.clean() if clean else room.verify(target) if target else room.examine()
@@ -101,6 +100,22 @@ def pretrain(words: Words = None, check: Check = False) -> None:
     if _is_main():
         _write_report(Path(config.run.output), corpora.folders_of(config.data))
     return _say(f"checkpoint: {checkpoint}")
+
+
+@app.command(epilog="Example: `emoscale launch nodes=4 gpus=8 time=24:00:00 configs/pretrain/memobert.yaml run.output=runs/memobert`")
+def launch(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[nodes=… gpus=… tasks=… cpus=… time=… partition=…]... CONFIG.yaml [key=value]...", help="What SLURM is asked for, and what `pretrain` is."
+        ),
+    ] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit the job, do not print its command.")] = False,
+) -> None:
+    """Check a pre-training's configuration, and print or submit the `sbatch` command that runs it on a cluster."""
+    from emoscale.training.launch import launch as command
+
+    _say(command(list(words or []), submit=submit))
 
 
 @app.command(epilog="Example: `emoscale finetune configs/finetune/demo.yaml init=runs/memobert-demo head.name=prompt`")
@@ -166,9 +181,15 @@ def predict(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder for its latest.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, such as for a hub.")],
+    encoders: Annotated[bool, typer.Option("--encoders", help="Write the encoders within it instead, each as a folder of plain transformers.")] = False,
 ) -> None:
     """Write a checkpoint as a safetensors folder that `AutoModel.from_pretrained` opens."""
     _announce(out)
+    if encoders:
+        from emoscale.training.stock import export_encoders
+
+        typer.echo("\n".join(f"{out / name}" for name in export_encoders(checkpoint, out)))
+        return
     from emoscale.training.export import export as write
 
     write(checkpoint, out)
@@ -176,18 +197,20 @@ def export(
 
 @app.command(epilog="Example: `emoscale bench step`")
 def bench(
-    what: Annotated[str, typer.Argument(help="step, dialogues, kernels, or gpu for step and kernels on a GPU.")],
+    what: Annotated[
+        str,
+        typer.Argument(help="step, dialogues, data, kernels, prepare, probe, scale, check (whether a ratio has fallen), or gpu for step and kernels on a GPU."),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
     json: Json = False,
 ) -> None:
-    """Measure a training step (packed against padded), dialogues (by window against by target), or the kernels against their peers."""
-    from emoscale.training.bench import BENCHES
-    from emoscale.training.bench_kernels import told
+    """Measure a training step, dialogues, the loader or the kernels against their peers, `prepare` by stage, a probe over folds and seeds, or predict steps on up to 1,024 GPUs (`scale`)."""
+    from emoscale.training.bench import BENCHES, TOLD
 
     if what not in BENCHES:
         raise typer.BadParameter(f"{what!r} is none of {', '.join(BENCHES)}")
     result = BENCHES[what](overrides or [])
-    _show(result, json, told(result) if "rows" in result else "\n".join(f"{name:<32} {_short(value)}" for name, value in result.items()))
+    _show(result, json, TOLD[what](result) if what in TOLD else "\n".join(f"{name:<32} {_short(value)}" for name, value in result.items()))
 
 
 @app.command(epilog="Example: `emoscale config pretrain optim.lr`")
@@ -304,16 +327,28 @@ def main() -> None:
     except Exception as error:
         status = _status(error)
         if debug or status is None:
+            sys.excepthook = _told  # not before: typer sets its own
             raise
-        print(f"emoscale: {' '.join(str(error).split())}", file=sys.stderr)
+        from emoscale.redaction import redact
+
+        print(f"emoscale: {redact(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(status)
+
+
+def _told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback without credentials: those of other libraries show what they were given."""
+    import traceback
+
+    from emoscale.redaction import redact
+
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _status(error: Exception) -> int | None:
     """Give the exit code of an error whose message suffices, None for one that only its traceback explains."""
-    from emoscale.config import ConfigError, EmoscaleError
+    from emoscale.config import EmoscaleError
 
-    if isinstance(error, ConfigError):
-        return 2
+    if isinstance(error, EmoscaleError):
+        return error.status
     missing_extra = isinstance(error, ImportError) and "pip install" in str(error)
-    return 1 if missing_extra or isinstance(error, EmoscaleError | OSError) else None
+    return 1 if missing_extra or isinstance(error, OSError) else None

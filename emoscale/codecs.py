@@ -6,6 +6,7 @@ import io
 import struct
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,10 @@ RATE = 16_000
 """Samples per second of every stored sound."""
 FULL = 1 << 15
 """What a sample of 1.0 is in 16 bits; the largest there is one less."""
+BLOCK = 1 << 20
+"""Samples decoded at once."""
+LARGEST_SIDE = 1024
+"""Pixels; a few bytes can say that they are a picture of gigabytes."""
 QUALITY = 95
 """Of the JPEGs; their colours are not thinned out."""
 
@@ -31,8 +36,8 @@ def encode_audio(wave: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def decode_audio(data: bytes) -> np.ndarray:
-    """Give float32 [n] of what `encode_audio` made.
+def decode_audio(data: bytes, limit: int | None = None) -> np.ndarray:
+    """Give float32 [n] of what `encode_audio` made, the first `limit` samples of it.
 
     Raises:
         ValueError: this is no FLAC of that kind.
@@ -42,21 +47,43 @@ def decode_audio(data: bytes) -> np.ndarray:
     import soundfile
 
     try:
-        samples, rate = soundfile.read(io.BytesIO(data), dtype="int16", always_2d=True)
-    except soundfile.LibsndfileError as error:
+        with _sound(data) as file:
+            if file.samplerate != RATE or file.channels != 1:
+                raise ValueError(f"sound has {file.channels} channels at {file.samplerate} Hz, one at {RATE} Hz was expected")
+            # Its header may promise billions of samples: room is made for those that come.
+            blocks, left = [np.zeros(0, np.int16)], file.frames if limit is None else min(limit, file.frames)
+            while left > 0 and len(block := file.read(min(left, BLOCK), dtype="int16")):
+                blocks.append(block)
+                left -= len(block)
+    except (soundfile.SoundFileError, RuntimeError) as error:
         raise ValueError(f"sound of {len(data)} bytes cannot be decoded ({error})") from error
-    if rate != RATE or samples.shape[1] != 1:
-        raise ValueError(f"sound has {samples.shape[1]} channels at {rate} Hz, one at {RATE} Hz was expected")
-    return samples[:, 0].astype(np.float32) / FULL
+    return np.concatenate(blocks).astype(np.float32) / FULL
 
 
 def count_samples(data: bytes) -> int:
-    """Give how many samples `decode_audio` will give, read from the header."""
+    """Give how many samples `decode_audio` will give, read from the header.
+
+    Raises:
+        ValueError: this is no FLAC.
+    """
     if not data:
         return 0
     import soundfile
 
-    return int(soundfile.info(io.BytesIO(data)).frames)
+    try:
+        with _sound(data) as file:
+            return int(file.frames)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise ValueError(f"sound of {len(data)} bytes cannot be decoded ({error})") from error
+
+
+def _sound(data: bytes) -> Any:
+    """Open sound as FLAC, whatever else its first bytes may look like."""
+    import soundfile
+
+    if not data.startswith(b"fLaC"):
+        raise ValueError(f"sound of {len(data)} bytes is no FLAC")
+    return soundfile.SoundFile(io.BytesIO(data))
 
 
 def encode_faces(crops: np.ndarray) -> bytes:
@@ -95,6 +122,22 @@ def decode_face(data: bytes, number: int) -> np.ndarray:
     return _picture(part, number)
 
 
+def one_face(data: bytes, share: float, limit: int | None = None) -> tuple[bytes, int]:
+    """Give one picture as `encode_faces` would, and its number; none of none.
+
+    Args:
+        data: what `encode_faces` made.
+        share: where among the first `limit` pictures it stands, in [0, 1).
+        limit: pictures that are looked at.
+
+    Raises:
+        ValueError: a size points behind the end.
+    """
+    parts = list(islice(_parts(data), limit))
+    number = int(share * len(parts))
+    return (struct.pack("<I", len(parts[number])) + parts[number], number) if parts else (b"", 0)
+
+
 def count_faces(data: bytes) -> int:
     """Give how many pictures `decode_faces` will find.
 
@@ -109,8 +152,10 @@ def _picture(part: bytes, number: int) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(part), formats=["JPEG"]) as picture:
+            if max(picture.size) > LARGEST_SIDE:
+                raise ValueError(f"{picture.size[0]}×{picture.size[1]} pixels, at most {LARGEST_SIDE}×{LARGEST_SIDE} were expected")
             return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"picture {number} cannot be decoded ({error})") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import textwrap
 import typing
@@ -15,16 +16,32 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from emoscale.redaction import REMEDY, holds_credentials, redact
+
 T = TypeVar("T")
+UNUSABLE = (OmegaConfBaseException, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What OmegaConf raises for values that do not fit; a TypeError for a list where a mapping belongs, or the reverse."""
 MAX_EXTENDS = 8
+LARGEST = 100_000
+"""Values of a file, anchors written out: a few lines of YAML can stand for billions."""
+LONGEST_ERROR = 1500
+"""Letters of an error; files of others can make it any length."""
 
 
 class EmoscaleError(Exception):
-    """A failure the user can mend; shown as one line, exit code 1."""
+    """A failure the user can mend; shown as one line without credentials, exit code `status`."""
+
+    status = 1
+
+    def __init__(self, message: str) -> None:
+        line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(redact(message[: 10 * LONGEST_ERROR]).split()))
+        super().__init__(line if len(line) <= LONGEST_ERROR else f"{line[:LONGEST_ERROR]}…")
 
 
 class ConfigError(EmoscaleError):
-    """A configuration that cannot be run: names key, value and remedy; exit code 2."""
+    """A configuration that cannot be run: names key, value and remedy."""
+
+    status = 2
 
 
 class DataError(EmoscaleError):
@@ -42,15 +59,16 @@ def load(schema: type[T], path: str | Path | None = None, overrides: list[str] |
     merged = OmegaConf.structured(schema)
     for source, key, layer in [*_files(path), *map(_word, overrides or [])]:
         try:
+            _refuse(OmegaConf.to_container(layer), "")
             merged = OmegaConf.merge(merged, layer)
-        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list where a mapping belongs, or the reverse
+        except UNUSABLE as error:
             raise ConfigError(_explain(schema, error, source, key)) from error
     try:
-        config = OmegaConf.to_object(merged)
+        config = _checked(merged)
     except MissingMandatoryValue as error:
         key = error.full_key or "?"
         raise ConfigError(f"{key}: no value given; add `{key}=…` ({_doc_of(schema, key)})") from error
-    except OmegaConfBaseException as error:  # a `${…}` that leads nowhere
+    except UNUSABLE as error:  # a `${…}` that leads nowhere
         raise ConfigError(_explain(schema, error, "the merged configuration")) from error
     validate(config)
     return typing.cast(T, config)
@@ -66,7 +84,7 @@ def validate(config: Any, prefix: str = "") -> None:
     if check is not None:
         try:
             check()
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ConfigError(f"{prefix}{error}") from error
 
 
@@ -74,9 +92,12 @@ def from_mapping(schema: type[T], values: dict[str, Any], where: str) -> T:
     """Fill one dataclass from a plain mapping (an objective's or head's own section), with the same errors as `load`."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: {values!r} given; a mapping of options was expected, such as {where}.{dataclasses.fields(schema)[0].name}=…")
+    _refuse(values, where)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except OmegaConfBaseException as error:
+        config = _checked(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{where}.{error.full_key}: no value given; add one") from error
+    except UNUSABLE as error:
         raise ConfigError(f"{where}.{_explain(schema, error, where)}") from error
     validate(config, f"{where}.")
     return typing.cast(T, config)
@@ -112,6 +133,7 @@ def describe(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
     return rows
 
 
+@functools.cache
 def docstrings(schema: type) -> dict[str, str]:
     """Read the string that stands under each field of a dataclass (and of its bases)."""
     found: dict[str, str] = {}
@@ -135,6 +157,7 @@ def _files(path: str | Path | None) -> list[tuple[str, str, Any]]:
         if not path.is_file():
             raise ConfigError(f"{path}: no such configuration file; see `configs/` for examples")
         try:
+            _check_size(path.read_text(encoding="utf-8"))
             layer: Any = OmegaConf.load(path)
         except Exception as error:  # PyYAML raises several unrelated classes; all mean "not YAML"
             raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
@@ -156,10 +179,66 @@ def _word(word: str) -> tuple[str, str, Any]:
     if not equals or not key or word.startswith("-"):
         raise ConfigError(f"{word}: overrides are `key=value` words, such as optim.lr=3e-4")
     try:
+        _check_size(word[len(key) + 1 :])
         # Nothing behind the sign is an empty text, as a shell means it; YAML would read null.
         return "the command line", key, OmegaConf.from_dotlist([word if word[len(key) + 1 :].strip() else f'{key}=""'])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except Exception as error:  # as above
         raise ConfigError(f"{word}: the value is not readable as YAML ({' '.join(str(error).split())}); put it in quotes") from error
+
+
+def _checked(merged: Any) -> Any:
+    """Give the dataclass; what is within its lists and mappings is compared with their types only where they are read anew."""
+    config = OmegaConf.to_object(merged)
+    OmegaConf.structured(config)
+    return config
+
+
+def _check_size(text: str) -> None:
+    """Raise ValueError where YAML holds more values than a configuration has, or refers to itself."""
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = LARGEST + 1  # what is met again before it is known contains itself
+            parts = (
+                [part for pair in node.value for part in pair]
+                if isinstance(node, yaml.MappingNode)
+                else node.value
+                if isinstance(node, yaml.SequenceNode)
+                else []
+            )
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    if (root := yaml.compose(text, Loader=yaml.SafeLoader)) is not None and size(root) > LARGEST:
+        raise ValueError(f"more than {LARGEST:,} values, anchors written out")
+
+
+def _refuse(value: Any, key: str) -> None:
+    """Raise ConfigError where a text would call something (`${oc.env:NAME}` reads the environment) or holds credentials."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse(str(name), key)
+            _refuse(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            _refuse(item, key)
+    elif isinstance(value, str):
+        if _calls(value):
+            raise ConfigError(f"{key}: {value!r} would be evaluated; a configuration refers to other keys alone (${{run.output}}), write the value itself")
+        if holds_credentials(value):
+            raise ConfigError(f"{key}: {value} holds credentials, which would be written to run folders; {REMEDY}")
+
+
+def _calls(text: str) -> bool:
+    """Whether a text holds a `${…}` with a colon in it: a resolver, which is code."""
+    depth = 0
+    for before, letter in zip(f" {text}", text, strict=False):
+        depth += (before + letter == "${") or (letter == "{" and depth > 0)
+        depth -= letter == "}" and depth > 0
+        if letter == ":" and depth:
+            return True
+    return False
 
 
 def _explain(schema: type, error: Exception, source: str, fallback: str = "?") -> str:
@@ -169,7 +248,7 @@ def _explain(schema: type, error: Exception, source: str, fallback: str = "?") -
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean '{near[0]}'?" if near else "; `emoscale config` lists every key"
         return f"{key}: unknown key in {source}{hint}"
-    reason = str(error).split("\n")[0]
+    reason = str(error).split("\n")[0] if not isinstance(error, RecursionError) else "nested too deeply"
     return f"{key}: {reason} ({source})"
 
 

@@ -9,12 +9,20 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from emoscale.config import ConfigError
+from emoscale.config import ConfigError, EmoscaleError
 
 if TYPE_CHECKING:
     import torch
 
 TIMEOUT = timedelta(minutes=10)
+GONE = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out", "timeout", "No route to host", "unreachable")
+"""What gloo says when it does not reach another rank any more."""
+
+
+class LostRankError(EmoscaleError):
+    """Another rank, or the network to it, went away in the middle of a collective; started again, the run would go on."""
+
+    status = 77
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,10 @@ def _slurm_local_size(environment: Mapping[str, str]) -> int:
     return counts[node]
 
 
-def init() -> World:
+def init(timeout: timedelta = TIMEOUT) -> World:
     """Fill every launcher variable that libraries read, and join the process group (also alone: one code path).
+
+    A collective, or a rank that does not come, is waited for as long as `timeout`.
 
     `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE` are all set before any dataset or engine exists, because streaming
     reads only these four, and DeepSpeed imports mpi4py where one is missing.
@@ -107,10 +117,24 @@ def init() -> World:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # public in the documentation
             os.environ["MASTER_PORT"] = "29500"
         dist.init_process_group(
-            "nccl" if cuda else "gloo", rank=world.rank, world_size=world.size, timeout=TIMEOUT, store=store,
+            "nccl" if cuda else "gloo",
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            store=store,
             init_method=None if store is not None else "env://",
         )
     return world
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another rank: torch has a class for some of these errors, gloo's are plain.
+
+    Ranks that call different collectives get errors of gloo as well; those would come again.
+    """
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or ("gloo/transport" in str(error) and any(word in str(error) for word in GONE))
 
 
 def shutdown() -> None:
@@ -147,6 +171,19 @@ def gather_names(names: list[str]) -> list[str]:
     parts: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(parts, names)
     return [name for part in parts for name in part]
+
+
+def gather(mine: torch.Tensor) -> list[torch.Tensor]:
+    """Give the tensors of all ranks on the host, in the order of the ranks; they have one shape and type."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine.cpu()]
+    sent = mine.to(device()).contiguous()
+    parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, sent)
+    return [part.cpu() for part in parts]
 
 
 def barrier() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import platform
 import shutil
 import subprocess
@@ -12,8 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from emoscale.config import DataError, EmoscaleError
+from emoscale.forms import Hashes
+from emoscale.records import check, read_json
 
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 1 << 30
@@ -33,9 +35,7 @@ class Finding:
 
     def __str__(self) -> str:
         """Give one line."""
-        return f"{'✓' if self.ok else '✗'} {self.name:<14} {self.detail}" + (
-            "" if self.ok or not self.remedy else f" → {self.remedy}"
-        )
+        return f"{'✓' if self.ok else '✗'} {self.name:<14} {self.detail}" + ("" if self.ok or not self.remedy else f" → {self.remedy}")
 
 
 def examine() -> list[Finding]:
@@ -57,22 +57,24 @@ def clean() -> list[Finding]:
 
 
 def verify(target: Path) -> list[Finding]:
-    """Compare every file of a checkpoint, or every shard of a corpus, with the hash in its manifest.
+    """Compare every file of a checkpoint, or every shard of a corpus, with the hash in its manifest; or look through a run.
 
     Raises:
-        DataError: the folder is neither.
+        DataError: the folder is none of them.
     """
+    if (target / "checkpoints").is_dir():
+        return _run_findings(target / "checkpoints")
     manifest_path = target / "manifest.json"
     if not manifest_path.is_file():
-        raise DataError(f"{target}: no manifest.json; name a checkpoint (step_*/) or a corpus folder")
+        raise DataError(f"{target}: no manifest.json; name a run folder, a checkpoint (step_*/) or a corpus folder")
+    remedy = "take an older checkpoint, or prepare again"
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(
-            f"{manifest_path}: not readable as JSON ({error}); take an older checkpoint, or prepare again"
-        ) from error
-    if "files" in manifest:
-        return [_file_finding(target, name, sha256) for name, sha256 in sorted(manifest["files"].items())]
+        manifest = read_json(manifest_path, dict[str, Any], remedy)
+        if "files" in manifest:
+            check(manifest, Hashes, manifest_path, remedy)
+            return [_file_finding(target, name, sha256) for name, sha256 in sorted(manifest["files"].items())]
+    except DataError as error:
+        return [Finding("manifest.json", False, f"damaged ({error})", remedy, needed=True)]
     from emoscale.prepare import shards
 
     try:
@@ -82,23 +84,44 @@ def verify(target: Path) -> list[Finding]:
     return [Finding("corpus", True, f"{target}: {len(found['shards'])} shards match their hashes", needed=True)]
 
 
+def _run_findings(folder: Path) -> list[Finding]:
+    """Say which checkpoints of a run are whole, and from which one it would go on."""
+    from emoscale.training import checkpoint
+
+    findings, taken = [], ""
+    for path in checkpoint.list_steps(folder):
+        try:
+            checkpoint.verify(path)
+        except DataError as error:
+            findings.append(Finding(path.name, False, str(error), "a resume passes it over", needed=True))
+            continue
+        taken = taken or path.name
+        findings.append(Finding(path.name, True, "whole: every file matches its hash", needed=True))
+    findings += [
+        Finding(path.name, True, "a write that never ended: no harm, the next save clears it") for path in sorted(folder.glob(f".{checkpoint.PREFIX}*"))
+    ]
+    lost, remedy = bool(findings) and not taken, "start anew in another run.output, or repair one"
+    detail = "none is whole" if lost else f"goes on from {taken}" if taken else "no checkpoint yet: begins anew"
+    return [*findings, Finding("resume", not lost, detail, remedy, needed=True)]
+
+
 def _file_finding(folder: Path, name: str, sha256: str) -> Finding:
     path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return Finding(name, False, "lies outside the checkpoint", "take an older checkpoint", needed=True)
     if not path.is_file():
         return Finding(name, False, "missing", "take an older checkpoint", needed=True)
     from emoscale.files import file_sha256
 
     seen = file_sha256(path)
     ok = seen == sha256
-    detail = "matches its hash" if ok else f"sha256 {seen[:12]}…, the manifest says {sha256[:12]}…"
+    detail = "matches its hash" if ok else f"sha256 {seen[:12]}…, the manifest says {str(sha256)[:12]}…"
     return Finding(name, ok, detail, "take an older checkpoint", needed=True)
 
 
 def _python() -> Iterator[Finding]:
     ok = sys.version_info >= (3, 11)
-    yield Finding(
-        "python", ok, f"{platform.python_version()} ({sys.executable})", "install Python 3.11 or newer", needed=True
-    )
+    yield Finding("python", ok, f"{platform.python_version()} ({sys.executable})", "install Python 3.11 or newer", needed=True)
 
 
 def _torch() -> Iterator[Finding]:
@@ -114,21 +137,17 @@ def _torch() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     driver = _output(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"])
     if not driver:
-        yield Finding(
-            "gpu", False, "none found: everything runs on the CPU", "install the NVIDIA driver if there is a GPU"
-        )
+        yield Finding("gpu", False, "none found: everything runs on the CPU", "install the NVIDIA driver if there is a GPU")
         return
     import torch
 
     usable = torch.cuda.is_available()
     for line in driver.splitlines():
-        yield Finding(
-            "gpu", usable, line, f"this driver does not serve torch's CUDA {torch.version.cuda}; update it", needed=True
-        )
+        yield Finding("gpu", usable, line, f"this driver does not serve torch's CUDA {torch.version.cuda}; update it", needed=True)
 
 
 def _deepspeed() -> Iterator[Finding]:
-    yield _installed("deepspeed", "pip install 'deepspeed>=0.19.6'", needed=True)
+    yield _installed("deepspeed", "pip install 'deepspeed>=0.19.8'", needed=True)
 
 
 def _libraries() -> Iterator[Finding]:
@@ -160,9 +179,7 @@ def _faces() -> Iterator[Finding]:
             "pip install 'emoscale[prepare]' (OpenCV below 5)",
         )
         return
-    yield Finding(
-        "face detector", True, f"the cascade of OpenCV {cv2.__version__}; YuNet where its model file is given"
-    )
+    yield Finding("face detector", True, f"the cascade of OpenCV {cv2.__version__}; YuNet where its model file is given")
 
 
 def _kernels() -> Iterator[Finding]:
@@ -195,17 +212,13 @@ def _slurm() -> Iterator[Finding]:
 
 def _shared_memory() -> Iterator[Finding]:
     if not SHARED_MEMORY.is_dir():
-        yield Finding(
-            "shared memory", False, f"{SHARED_MEMORY} is missing", "mount it: streaming keeps its state there"
-        )
+        yield Finding("shared memory", False, f"{SHARED_MEMORY} is missing", "mount it: streaming keeps its state there")
         return
     usage = shutil.disk_usage(SHARED_MEMORY)
     enough = usage.free >= LEAST_SHARED_MEMORY
     blocks = sum(1 for _ in _blocks())
     detail = f"{usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free, {blocks} blocks of streaming"
-    yield Finding(
-        "shared memory", enough, detail, "`emoscale doctor --clean` if no run is live; in Docker, --shm-size=8g"
-    )
+    yield Finding("shared memory", enough, detail, "`emoscale doctor --clean` if no run is live; in Docker, --shm-size=8g")
 
 
 def _blocks() -> Iterator[Path]:

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from emoscale.config import ConfigError, EmoscaleError
+from emoscale.redaction import REMEDY, holds_credentials
+
+CONNECT_S, READ_S, TRIES = 10.0, 30.0, 3
+"""Seconds until an unreachable, and until a silent server counts as failed, and how often a request is made before that is told."""
 
 
 class StorageError(EmoscaleError):
@@ -31,6 +35,10 @@ class Storage(Protocol):
         """List the stored files whose names begin so. Raises StorageError."""
         ...
 
+    def delete(self, names: list[str]) -> None:
+        """Remove stored files; one that is not there is no error. Raises StorageError."""
+        ...
+
 
 def is_remote(url: str) -> bool:
     """Whether a name is a storage URL, not a folder."""
@@ -44,8 +52,10 @@ def open_storage(url: str) -> Storage:
     names a server that is not Amazon's.
 
     Raises:
-        ConfigError: no such kind of storage.
+        ConfigError: no such kind of storage, or the URL holds credentials.
     """
+    if holds_credentials(url):
+        raise ConfigError(f"{url}: this URL holds credentials; {REMEDY}")
     kind, _, place = url.partition("://")
     if kind == "s3" and place.strip("/"):
         return _S3(url)
@@ -82,14 +92,30 @@ class _Files:
 
     def put(self, path: Path, name: str) -> None:
         try:
-            (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, self._folder / name)
+            target = self._folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f".{target.name}.writing")  # as in a bucket, a file is there whole or not at all
+            shutil.copyfile(path, aside)
+            os.replace(aside, target)
         except OSError as error:
             raise StorageError(f"{self.url}/{name}: {error.strerror or error}") from error
 
     def names(self, prefix: str) -> list[str]:
         found = (path.relative_to(self._folder).as_posix() for path in self._folder.rglob("*") if path.is_file())
         return sorted(name for name in found if name.startswith(prefix))
+
+    def delete(self, names: list[str]) -> None:
+        for name in names:
+            path = self._folder / name
+            try:
+                path.unlink(missing_ok=True)
+                while path.parent != self._folder and not any(path.parent.iterdir()):
+                    path = path.parent
+                    path.rmdir()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise StorageError(f"{self.url}/{name}: {error.strerror or error}") from error
 
 
 class _S3:
@@ -118,6 +144,13 @@ class _S3:
 
         return self._call(prefix, listed)
 
+    def delete(self, names: list[str]) -> None:
+        def delete(client: Any) -> None:
+            for name in names:  # one by one: not every server speaks the checksums that a request for many asks for
+                client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+
+        self._call(names[0] if names else "", delete)
+
     def _call(self, name: str, action: Any) -> Any:
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
@@ -129,18 +162,21 @@ class _S3:
 
     def _connected(self) -> Any:
         if self._owner != os.getpid():  # a fork inherits the parent's sockets
-            import boto3
+            from boto3.session import Session
             from botocore.config import Config
 
             endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("S3_ENDPOINT_URL") or None
-            options = Config(connect_timeout=10, read_timeout=30, retries={"max_attempts": 3, "mode": "standard"})
-            self._client = boto3.session.Session().client("s3", endpoint_url=endpoint, config=options)
+            options = Config(connect_timeout=CONNECT_S, read_timeout=READ_S, retries={"total_max_attempts": TRIES, "mode": "standard"})
+            self._client = Session().client("s3", endpoint_url=endpoint, config=options)
             self._owner = os.getpid()
         return self._client
 
 
 def _one_thread() -> Any:
-    """Whole files by one thread: loader workers are the parallelism, and a pool would outlive a fork."""
+    """Whole files by one thread: loader workers are the parallelism, and a pool would outlive a fork.
+
+    And one try: requests are repeated below this, fetches above it, and three nested loops would wait half an hour for a dead server.
+    """
     from boto3.s3.transfer import TransferConfig
 
-    return TransferConfig(use_threads=False)
+    return TransferConfig(use_threads=False, num_download_attempts=1)

@@ -5,4 +5,4 @@
 #SBATCH --output=%x-%j.log
 source "${SLURM_SUBMIT_DIR:?submit this with sbatch}/slurm/common.sh"
 
-run_step "$python" -m emoscale bench "$@"
+run_step "${emoscale[@]}" bench "$@"

@@ -14,7 +14,7 @@ read -ra folds <<< "${FOLDS:-0 1 2 3 4}"
 all=("seeds=[$(IFS=,; echo "${seeds[*]}")]" "run_folds=[$(IFS=,; echo "${folds[*]}")]")
 case "${STAGE:-submit}" in
 submit)
-    run_step "$python" -m emoscale finetune "$@" "${all[@]}" --check > /dev/null || exit
+    run_step "${emoscale[@]}" finetune "$@" "${all[@]}" --check > /dev/null || exit
     same=(--parsable --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" ${SLURM_JOB_PARTITION:+--partition="$SLURM_JOB_PARTITION"})
     last=$((${#seeds[@]} * ${#folds[@]} - 1))
     array=$(STAGE=run sbatch "${same[@]}" --array="0-$last" --output=%x-%A_%a.log slurm/finetune.sh "$@") || exit
@@ -23,10 +23,10 @@ submit)
     ;;
 run)
     seed=${seeds[SLURM_ARRAY_TASK_ID / ${#folds[@]}]} fold=${folds[SLURM_ARRAY_TASK_ID % ${#folds[@]}]}
-    run_step "$python" -m emoscale finetune "$@" "seeds=[$seed]" "run_folds=[$fold]" gather=false
+    run_step "${emoscale[@]}" finetune "$@" "seeds=[$seed]" "run_folds=[$fold]" gather=false
     ;;
 gather)
-    run_step "$python" -m emoscale finetune "$@" "${all[@]}"
+    run_step "${emoscale[@]}" finetune "$@" "${all[@]}"
     ;;
 *)
     echo "emoscale: STAGE=$STAGE is none of submit, run, gather" >&2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def recorded(utterances: list[Utterance], manifest: dict[str, Any], side: int = 
         draw = np.random.default_rng(number)
         wave = draw.normal(0, 0.1, HOP * len(item.acoustic)).astype(np.float32)
         crops = np.broadcast_to(draw.integers(0, 256, (len(item.visual), 1, 1, 3), np.uint8), (len(item.visual), side, side, 3))
-        items.append(replace(item, acoustic=item.acoustic[:0], visual=item.visual[:0], audio=encode_audio(wave), faces=encode_faces(np.ascontiguousarray(crops))))
+        items.append(
+            replace(item, acoustic=item.acoustic[:0], visual=item.visual[:0], audio=encode_audio(wave), faces=encode_faces(np.ascontiguousarray(crops)))
+        )
     sections = {name: {"encoder": {"name": kind}, "width": width, "max_frames": 64, "raw": column} for name, kind, width, column in (
         ("acoustic", "waveform", HOP, "audio"), ("visual", "crops", 3 * side * side, "faces"),
     )}  # fmt: skip
@@ -82,6 +85,16 @@ def add_to_corpus(folder: Path, utterances: list[Utterance] | Synthetic, shard_b
     (folder / "index.json").write_text(json.dumps(index))
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def read_utterances(folder: Path) -> Iterator[Utterance]:
+    """Read what stands in a folder's shards in order, a manifest or not."""
+    from streaming.base.format import reader_from_json
+
+    for shard in json.loads((folder / "index.json").read_text())["shards"]:
+        reader = reader_from_json(str(folder), None, shard)
+        for i in range(reader.size):
+            yield Utterance.from_record(reader.get_item(i))
 
 
 def sha256(path: Path) -> str:

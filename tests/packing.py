@@ -23,8 +23,11 @@ def encoded(number: int, text: int, visual: int, acoustic: int) -> Encoded:
     words = np.array([SPECIAL, *range(text - 2), SPECIAL], np.int64)
     emotion = draw.dirichlet(np.ones(CLASSES), visual).astype(np.float32).reshape(visual, CLASSES)
     return Encoded(
-        Sizes(str(number), 0, text - 2, visual, acoustic), Tokens(ids, words),
-        draw.normal(size=(visual, VISUAL)).astype(np.float32), draw.normal(size=(acoustic, ACOUSTIC)).astype(np.float32), emotion,
+        Sizes(str(number), 0, text - 2, visual, acoustic),
+        Tokens(ids, words),
+        draw.normal(size=(visual, VISUAL)).astype(np.float32),
+        draw.normal(size=(acoustic, ACOUSTIC)).astype(np.float32),
+        emotion,
     )
 
 
@@ -64,6 +67,7 @@ def utterance_parts(batch: Batch) -> dict[str, tuple]:
     bounds = batch.cu_seqlens.tolist()
     parts = {}
     for name, first, last in zip(batch.ids, bounds, bounds[1:], strict=False):
+
         def own(rows: Tensor, values: Tensor, first: int = first, last: int = last) -> bytes:
             return values[(rows >= first) & (rows < last)].numpy().tobytes()
 
@@ -74,7 +78,11 @@ def utterance_parts(batch: Batch) -> dict[str, tuple]:
             values = targets.values[inside] if feature is None else feature[targets.values[inside]]
             wanted[task] = ((targets.rows[inside] - first).tolist(), values.numpy().tobytes())
         parts[name] = (
-            own(batch.text_rows, batch.text), own(batch.visual_rows, batch.visual), own(batch.acoustic_rows, batch.acoustic),
-            own(batch.visual_rows, batch.visual_masked), own(batch.acoustic_rows, batch.acoustic_masked), wanted,
+            own(batch.text_rows, batch.text),
+            own(batch.visual_rows, batch.visual),
+            own(batch.acoustic_rows, batch.acoustic),
+            own(batch.visual_rows, batch.visual_masked),
+            own(batch.acoustic_rows, batch.acoustic_masked),
+            wanted,
         )
     return parts

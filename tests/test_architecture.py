@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "emoscale"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
-    {"batch", "codecs", "config", "distributed", "files", "imports", "kernels", "storage", "template"},
+    {"files", "redaction"},
+    {"batch", "clock", "codecs", "config", "distributed", "forms", "imports", "kernels", "records", "storage", "template"},
     {"prepare", "data"},
     {"models"},
     {"objectives", "heads"},
@@ -28,6 +29,7 @@ LEVELS = [
 """From the ground up; `emoscale` is the package's own `__init__`."""
 SIDEWAYS = {
     ("storage", "config"): "a URL that names no storage is a configuration error",
+    ("records", "config"): "a file that holds something else than its kind is a data error",
     ("distributed", "config"): "a launcher whose variables contradict each other is a configuration error",
     (
         "training",
@@ -111,12 +113,7 @@ def test_the_import_rule_itself(file: str, name: str, allowed: bool) -> None:
 
 
 def test_only_the_engine_imports_deepspeed() -> None:
-    users = {
-        str(path.relative_to(PACKAGE))
-        for path in MODULES
-        for _, name in imports_of(path)
-        if name.split(".")[0] == "deepspeed"
-    }
+    users = {str(path.relative_to(PACKAGE)) for path in MODULES for _, name in imports_of(path) if name.split(".")[0] == "deepspeed"}
     assert users <= {"training/engine.py"}
 
 
@@ -132,9 +129,7 @@ def test_every_module_has_its_test() -> None:
     missing = [
         f"{path.relative_to(ROOT)} has no {expected_test(path).relative_to(ROOT)}"
         for path in MODULES
-        if path.name != "__init__.py"
-        and str(path.relative_to(PACKAGE)) not in WITHOUT_TEST
-        and not expected_test(path).is_file()
+        if path.name != "__init__.py" and str(path.relative_to(PACKAGE)) not in WITHOUT_TEST and not expected_test(path).is_file()
     ]
     assert not missing, "\n".join(missing)
     stale = [name for name in WITHOUT_TEST if not (PACKAGE / name).is_file() or expected_test(PACKAGE / name).is_file()]
@@ -156,20 +151,12 @@ def undocumented(tree: ast.Module) -> Iterator[str]:
             continue
         for node, after in zip(cls.body, [*cls.body[1:], None], strict=True):
             documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if (
-                isinstance(node, ast.AnnAssign)
-                and not documented
-                and not ast.unparse(node.annotation).endswith("Config")
-            ):
+            if isinstance(node, ast.AnnAssign) and not documented and not ast.unparse(node.annotation).endswith("Config"):
                 yield f"{cls.name}.{ast.unparse(node.target)}"
 
 
 def test_every_config_field_says_what_it_means() -> None:
-    wrong = [
-        f"{path.relative_to(ROOT)}: {name} has no docstring"
-        for path in MODULES
-        for name in undocumented(ast.parse(path.read_text(encoding="utf-8")))
-    ]
+    wrong = [f"{path.relative_to(ROOT)}: {name} has no docstring" for path in MODULES for name in undocumented(ast.parse(path.read_text(encoding="utf-8")))]
     assert not wrong, "\n".join(wrong)
 
 

@@ -10,8 +10,17 @@ from tests.packing import batch_of, utterance_parts
 
 def test_a_record_has_the_columns_and_comes_back() -> None:
     given = Utterance(
-        "films/film_003#0012", "films/film_003:1", 4, "Ann", 1.5, 3.25, "Wörter — and “quotes”",
-        np.ones((3, 2), np.float16), np.zeros((2, 4), np.float16), np.full((2, 3), 0.5, np.float16), {"emotion": "happy"},
+        "films/film_003#0012",
+        "films/film_003:1",
+        4,
+        "Ann",
+        1.5,
+        3.25,
+        "Wörter — and “quotes”",
+        np.ones((3, 2), np.float16),
+        np.zeros((2, 4), np.float16),
+        np.full((2, 3), 0.5, np.float16),
+        {"emotion": "happy"},
     )
     row = given.record()
     assert list(row) == list(COLUMNS)

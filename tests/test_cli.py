@@ -18,7 +18,7 @@ from tests.training.forks import Forks
 from tests.tuned import Tuned
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("doctor", "prepare", "pretrain", "finetune", "evaluate", "predict", "export", "bench", "config")
+COMMANDS = ("doctor", "prepare", "pretrain", "launch", "finetune", "evaluate", "predict", "export", "bench", "config")
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -109,12 +109,8 @@ def test_unusable_configuration_is_one_line_and_exit_2(
     assert "output:" not in out
 
 
-@pytest.mark.parametrize(
-    "words", [["prepair"], ["prepare", "--chek"], ["predict", "film.mp4"], ["bench", "nothing"], ["config", "nothing"]]
-)
-def test_unusable_command_is_exit_2(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("words", [["prepair"], ["prepare", "--chek"], ["predict", "film.mp4"], ["bench", "nothing"], ["config", "nothing"]])
+def test_unusable_command_is_exit_2(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = called(monkeypatch, capsys, *words)
     assert status == 2
     assert "Usage: emoscale" in err
@@ -132,7 +128,11 @@ def answered(tuned: Tuned, words: list[str]) -> list[str]:
         (["finetune", "corpus=CORPUS", "labels=none.csv", "output=OUT"], 2, "labels: none.csv does not exist"),
         (["finetune", "corpus=CORPUS", "labels=LABELS", "label_key=mood", "output=OUT"], 1, "LABELS: lacks the columns mood"),
         (["finetune", "corpus=CORPUS", "output=OUT"], 1, "no utterance has a row of labels"),
-        (["finetune", "corpus=CORPUS", "labels=LABELS", "classes=[anger, sad]", "output=OUT"], 1, "48 rows have a label that is none of anger, sad: synthetic#000001 (neutral), "),
+        (
+            ["finetune", "corpus=CORPUS", "labels=LABELS", "classes=[anger, sad]", "output=OUT"],
+            1,
+            "48 rows have a label that is none of anger, sad: synthetic#000001 (neutral), ",
+        ),
         (["finetune", "corpus=CORPUS", "labels=LABELS", "init=none", "output=OUT"], 2, "init: none holds no checkpoint"),
         (["evaluate", "model=MODEL", "corpus=none"], 2, "corpus: none does not exist"),
         (["evaluate", "model=CORPUS", "corpus=CORPUS"], 2, "CORPUS/config.json: not found"),
@@ -202,7 +202,7 @@ def test_failure_is_one_line_and_exit_1_with_the_traceback_on_request(tmp_path: 
     words = ("doctor", str(tmp_path))
     plain, debugged = run(*words), run("doctor", "--debug", str(tmp_path))
     assert plain.returncode == debugged.returncode == 1
-    assert plain.stderr == f"emoscale: {tmp_path}: no manifest.json; name a checkpoint (step_*/) or a corpus folder\n"
+    assert plain.stderr == f"emoscale: {tmp_path}: no manifest.json; name a run folder, a checkpoint (step_*/) or a corpus folder\n"
     assert "Traceback" in debugged.stderr
     assert "DataError" in debugged.stderr
 

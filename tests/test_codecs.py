@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from emoscale.codecs import (
     decode_faces,
     encode_audio,
     encode_faces,
+    one_face,
 )
 
 
@@ -61,11 +64,24 @@ def test_pictures_come_back_nearly_and_in_order() -> None:
         decode_face(data, 5)
 
 
+def test_one_picture_is_taken_out_as_it_is_stored() -> None:
+    data = encode_faces(pictures(5))
+    for share, limit, wanted in ((0.0, None, 0), (0.5, None, 2), (0.999, None, 4), (0.999, 3, 2)):
+        alone, number = one_face(data, share, limit)
+        assert (number, count_faces(alone)) == (wanted, 1)
+        np.testing.assert_array_equal(decode_face(alone, 0), decode_face(data, wanted))
+    assert one_face(b"", 0.5) == (b"", 0)
+    with pytest.raises(ValueError, match="end within one"):
+        one_face(data[:-1], 0.0)
+
+
 def test_what_is_no_sound_is_an_error() -> None:
     import soundfile
 
-    with pytest.raises(ValueError, match="sound of 7 bytes cannot be decoded"):
+    with pytest.raises(ValueError, match="sound of 7 bytes is no FLAC"):
         decode_audio(b"nothing")
+    with pytest.raises(ValueError, match="sound of 8 bytes cannot be decoded"):
+        decode_audio(b"fLaCnone")
     file = io.BytesIO()
     soundfile.write(file, np.zeros((10, 2)), 8000, format="FLAC")
     with pytest.raises(ValueError, match="2 channels at 8000 Hz"):
@@ -92,3 +108,32 @@ def test_only_jpegs_are_opened() -> None:
     Image.fromarray(pictures(1)[0]).save(file, "PNG")
     with pytest.raises(ValueError, match="picture 0 cannot be decoded"):
         decode_faces(file.tell().to_bytes(4, "little") + file.getvalue())
+
+
+def test_a_length_in_a_header_is_not_believed() -> None:
+    data = bytearray(encode_audio(np.linspace(-0.5, 0.5, 5000, dtype=np.float32)))
+    data[21:26] = bytes([data[21] | 0x0F]) + b"\xff" * 4  # 36 bits: 68,719,476,735 samples
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ValueError):
+            assert len(decode_audio(bytes(data))) <= 5000
+        with contextlib.suppress(ValueError):
+            assert len(decode_audio(bytes(data), 100)) <= 100
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_limit_cuts_what_is_decoded() -> None:
+    data = encode_audio(np.linspace(-0.5, 0.5, 5000, dtype=np.float32))
+    np.testing.assert_array_equal(decode_audio(data, 1234), decode_audio(data)[:1234])
+    assert len(decode_audio(data, 9999)) == 5000
+    assert not len(decode_audio(data, 0))
+
+
+def test_a_picture_of_gigabytes_is_refused_unread() -> None:
+    data = bytearray(encode_faces(pictures(1)))
+    at = data.index(b"\xff\xc0") + 5  # height and width of the frame
+    data[at : at + 4] = b"\xff\xff\xff\xff"
+    with pytest.raises(ValueError, match=r"picture 0 cannot be decoded"):
+        decode_faces(bytes(data))

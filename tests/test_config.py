@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -99,7 +100,13 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("optim.lr=0", "optim.lr: 0.0 is not > 0; try 1e-4"),
         ("output=[1", "output=[1: the value is not readable as YAML"),
         ("output=${nowhere}", "output: Interpolation key 'nowhere' not found"),
-        ("tasks.a=${oc.env:EMOSCALE_NOWHERE}", "tasks.a: "),
+        ("tasks.a=${oc.env:EMOSCALE_NOWHERE}", "tasks.a: '${oc.env:EMOSCALE_NOWHERE}' would be evaluated"),
+        ("tasks.a.b=[1, '${oc.env:HOME}']", "tasks.a.b: '${oc.env:HOME}' would be evaluated"),
+        ("output=${oc.decode:${output}}", "output: '${oc.decode:${output}}' would be evaluated"),
+        ("output=${${tasks}:x}", "output: '${${tasks}:x}' would be evaluated"),
+        ("output=s3://user:hunter22@bucket/x", "output: s3://***@bucket/x holds credentials"),
+        ("output=https://host/x?X-Amz-Signature=abc", "output: https://host/x?*** holds credentials"),
+        ("output=AKIAABCDEFGHIJKLMNOP", "output: *** holds credentials"),
         ("steps", "steps: overrides are `key=value` words"),
         ("--steps=3", "--steps=3: overrides are `key=value` words"),
         ("=3", "=3: overrides are `key=value` words"),
@@ -198,3 +205,26 @@ def test_differences_name_keys_with_dots() -> None:
     old = {"a": {"b": 1, "c": 2}, "d": [1]}
     assert differences(old, {"a": {"b": 1, "c": 3}, "d": [1], "e": "x"}) == ["a.c: 2 → 3", "e: None → 'x'"]
     assert differences(old, old) == []
+
+
+def test_errors_are_one_short_line_without_control_characters_or_secrets() -> None:
+    error = config.EmoscaleError("a\nb\x1b[31m \u202e s3://ann:hunter22@bucket/x " + "x" * 100_000)
+    assert str(error).startswith("a b?[31m ? s3://***@bucket/x xxx")
+    assert str(error).isprintable()
+    assert len(str(error)) < 2000
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_what_stands_in_lists_and_mappings_has_its_type_too(tmp_path: Path) -> None:
+    @dataclass
+    class Rates:
+        rates: list[float] = field(default_factory=list)
+        shares: dict[str, float] = field(default_factory=dict)
+
+        def validate(self) -> None:
+            assert all(rate >= 0 for rate in [*self.rates, *self.shares.values()])
+
+    for word in ("rates=[1, [2]]", "rates=[a]", "shares={a: []}", "shares={a: {b: 1}}", f"rates=[{'9' * 400}]"):
+        with pytest.raises(ConfigError):
+            load(Rates, None, [word])
+    assert load(Rates, None, ["rates=[1, 2.5]", "shares={a: 1}"]) == Rates([1.0, 2.5], {"a": 1.0})

@@ -40,9 +40,7 @@ def test_config_holds_only_what_differs_from_the_defaults(path: Path) -> None:
     defaults = {key: default for key, _, default, _ in config.describe(schema(path.parent.name))}
     if "extends:" in path.read_text(encoding="utf-8"):
         defaults = {}  # a file on top of another may set a default back
-    same = [
-        key for key, value in flat(OmegaConf.to_container(layer)) if key in defaults and defaults[key] == str(value)
-    ]
+    same = [key for key, value in flat(OmegaConf.to_container(layer)) if key in defaults and defaults[key] == str(value)]
     assert not same, f"{path.name} repeats defaults: {same}"
 
 
@@ -69,14 +67,12 @@ def test_every_file_lies_in_a_known_folder() -> None:
 
 
 def test_the_benchmark_config_loads() -> None:
-    from emoscale.training.bench import CONFIG, BenchConfig
+    from emoscale.training.step_model import CONFIG, BenchConfig
 
     assert config.load(BenchConfig, CONFIG).repeats >= 5
 
 
-@pytest.mark.parametrize(
-    "document", ["Makefile", "README.md", ".ci/run", *(str(p.relative_to(ROOT)) for p in ROOT.glob("slurm/*.sh"))]
-)
+@pytest.mark.parametrize("document", ["Makefile", "README.md", ".ci/run", *(str(p.relative_to(ROOT)) for p in ROOT.glob("slurm/*.sh"))])
 def test_named_configs_exist(document: str) -> None:
     named = set(re.findall(r"configs/[\w./-]+\.yaml", (ROOT / document).read_text(encoding="utf-8")))
     missing = [name for name in named if not (ROOT / name).is_file()]

@@ -5,6 +5,7 @@ import socket
 from typing import Any
 
 import pytest
+import torch
 
 from emoscale import distributed
 from emoscale.config import ConfigError
@@ -12,7 +13,11 @@ from emoscale.distributed import World, world_from
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {
-    "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_TASKS_PER_NODE": "4(x2)",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_TASKS_PER_NODE": "4(x2)",
     "SLURM_NTASKS_PER_NODE": "4",
 }
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR", "SLURM_PROCID")
@@ -63,6 +68,20 @@ def test_contradictions_are_named(environment: dict[str, str], said: str) -> Non
     assert str(caught.value).startswith(said) or said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3425"), True),
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"), True),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 4488 vs 4292"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_a_lost_rank_is_told_from_a_mistake(error: RuntimeError, lost: bool) -> None:
+    assert distributed.is_lost_rank(error) == lost
+
+
 def test_rank_zero_is_main() -> None:
     assert World().is_main
     assert not World(1, 2, 1, 2).is_main
@@ -71,6 +90,7 @@ def test_rank_zero_is_main() -> None:
 def test_without_a_process_group_collectives_are_the_identity() -> None:
     assert distributed.reduce_sum([1.5, 2.0]) == [1.5, 2.0]
     assert distributed.reduce_max([]) == []
+    assert [part.tolist() for part in distributed.gather(torch.tensor([3]))] == [[3]]
     distributed.barrier()
 
 
@@ -108,7 +128,7 @@ def test_two_ranks_sum_and_compare_exactly() -> None:
         rank.join(60)
         assert rank.exitcode == 0
     big = 2.0**53 - 2
-    assert found == dict.fromkeys((0, 1), ([big + 1, 3.0], [big, 2.0]))
+    assert found == dict.fromkeys((0, 1), ([big + 1, 3.0], [big, 2.0], [[0, 7], [1, 7]]))
 
 
 def _rank(rank: int, port: str, answers: Any) -> None:
@@ -119,5 +139,6 @@ def _rank(rank: int, port: str, answers: Any) -> None:
     world = distributed.init()
     mine = [1.0, 1.0] if rank else [2.0**53 - 2, 2.0]
     distributed.barrier()
-    answers.put((world.rank, (distributed.reduce_sum(mine), distributed.reduce_max(mine))))
+    parts = distributed.gather(torch.tensor([rank, 7], dtype=torch.uint8))
+    answers.put((world.rank, (distributed.reduce_sum(mine), distributed.reduce_max(mine), [part.tolist() for part in parts])))
     distributed.shutdown()

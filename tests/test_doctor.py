@@ -67,11 +67,59 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_folder_of_neither_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no manifest\.json; name a checkpoint"):
+    with pytest.raises(DataError, match=r"no manifest\.json; name a run folder, a checkpoint"):
         doctor.verify(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match="not readable as JSON"):
-        doctor.verify(tmp_path)
+
+
+@pytest.mark.parametrize("manifest", [b"", b"{", b"[]", b"3", b"\xff", b'{"files": 3}', b'{"files": ["a"]}', b"null"])
+def test_a_damaged_manifest_is_a_finding(tmp_path: Path, manifest: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(manifest)
+    (finding,) = doctor.verify(tmp_path)
+    assert (finding.name, finding.ok, finding.needed) == ("manifest.json", False, True)
+    assert "damaged" in finding.detail
+
+
+@pytest.mark.parametrize(("files", "told"), [({"a": 3}, "valid string"), ({"../b": "0"}, "lies outside"), ({"/etc/hostname": "0"}, "lies outside")])
+def test_an_odd_entry_of_a_manifest_is_a_finding(tmp_path: Path, files: dict[str, object], told: str) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    (finding,) = doctor.verify(tmp_path)
+    assert (finding.name, finding.ok, finding.needed) == ("manifest.json", False, True)
+    assert told in finding.detail
+
+
+def written(run: Path, step: int) -> Path:
+    """Write a real checkpoint of a run."""
+    import torch
+
+    from emoscale.training.checkpoint import State, random_states, write
+
+    (run / "assets").mkdir(parents=True, exist_ok=True)
+    return write(run / "checkpoints", State(step, {"w": torch.ones(2)}, {"m": torch.ones(2)}, step, {}, random_states()), run / "assets")
+
+
+def test_a_run_says_which_checkpoints_are_whole_and_which_is_taken(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        newest = written(tmp_path, step)
+    (newest / "weights.safetensors").write_bytes(b"")
+    (tmp_path / "checkpoints" / ".step_00000020.writing").mkdir()
+    findings = doctor.verify(tmp_path)
+    assert [(item.name, item.ok) for item in findings] == [
+        ("step_00000015", False), ("step_00000010", True), ("step_00000005", True), (".step_00000020.writing", True), ("resume", True),
+    ]  # fmt: skip
+    assert "weights.safetensors: damaged" in findings[0].detail
+    assert findings[-1].detail == "goes on from step_00000010"
+    for step in (5, 10):
+        (tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json").write_text("{")
+    assert [item.ok for item in doctor.verify(tmp_path)] == [False, False, False, True, False]
+    assert doctor.verify(tmp_path)[-1].remedy == "start anew in another run.output, or repair one"
+
+
+def test_a_run_without_checkpoints_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (finding,) = doctor.verify(tmp_path)
+    assert finding.ok
+    assert "begins anew" in finding.detail
 
 
 def test_corpus_is_verified_by_its_shards(tmp_path: Path) -> None:
@@ -97,9 +145,7 @@ block = shared_memory.SharedMemory("000000_" + util.SHM_TO_CLEAN[0] + "_TEST", c
 resource_tracker.unregister(block._name, "shared_memory")
 print(doctor.clean()[0].detail)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
     assert "MiB of stale blocks freed" in done.stdout
     assert not list(doctor.SHARED_MEMORY.glob("000000_*_TEST"))

@@ -22,9 +22,7 @@ def test_needs_slurm():
 
 
 def run(tmp_path: Path, required: str) -> subprocess.CompletedProcess[str]:
-    (tmp_path / "conftest.py").write_text(
-        "from tests.conftest import pytest_runtest_setup, pytest_terminal_summary  # noqa: F401"
-    )
+    (tmp_path / "conftest.py").write_text("from tests.conftest import pytest_runtest_setup, pytest_terminal_summary  # noqa: F401")
     (tmp_path / "test_sample.py").write_text(SAMPLE)
     (tmp_path / "bin").mkdir(exist_ok=True)
     environment = os.environ | {"PATH": str(tmp_path / "bin"), "EMOSCALE_REQUIRE": required, "PYTHONPATH": str(ROOT)}

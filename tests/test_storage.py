@@ -24,6 +24,9 @@ def test_files_come_back_as_they_were_stored(tmp_path: Path) -> None:
         storage.get("none", tmp_path / "back")
     with pytest.raises(StorageError, match="No such file"):
         storage.put(tmp_path / "none", "x")
+    storage.delete(["sub/b", "sub/none"])
+    assert storage.names("") == ["a"]
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["a"], "an emptied folder goes too"
 
 
 @pytest.mark.parametrize("url", ["ftp://x/y", "s3://", "file://relative"])

@@ -25,10 +25,7 @@ RECIPE = [
     "model.size=tiny", "model.width=32", "folds=3", "run_folds=[0]", "seeds=[1]", "steps=24", "eval_every=4", "batch=16",
     "optim.lr=5e-3", "optim.schedule=constant", "threads=1",
 ]  # fmt: skip
-ARMS = (
-    '{direct: {init: ""}, finetune: {}, prompt: {head: {name: prompt}}, frozen: {mode: frozen}, lora: {mode: lora}, '
-    "face: {modalities: [visual]}}"
-)
+ARMS = '{direct: {init: ""}, finetune: {}, prompt: {head: {name: prompt}}, frozen: {mode: frozen}, lora: {mode: lora}, face: {modalities: [visual]}}'
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 
 from emoscale.batch import Batch, Targets, Utterance
 from emoscale.config import DataError
+from emoscale.data.frames import Frames, finite, laid
 from emoscale.data.masking import MaskingPlan, MaskSpec, Sizes
 from emoscale.data.tokens import Features, TextEncoder, Tokens
 
@@ -19,13 +20,13 @@ class Encoded:
 
     sizes: Sizes
     tokens: Tokens
-    visual: np.ndarray
-    acoustic: np.ndarray
+    visual: np.ndarray | Frames
+    acoustic: np.ndarray | Frames
     emotion: np.ndarray
     label: int = -1
     prompt: int = -1
     """Position of the prompt's [MASK] in the text, -1 without a prompt."""
-    text_features: np.ndarray | None = None
+    text_features: np.ndarray | Frames | None = None
     """None in a corpus without them."""
 
     @property
@@ -71,7 +72,7 @@ class Encoder:
 
     def __call__(self, utterance: Utterance, turn: int = 0) -> Encoded | None:
         """Encode one utterance; None where a feature is not finite (the caller names and counts it)."""
-        if not all(np.isfinite(frames).all() for frames in (utterance.visual, utterance.acoustic, utterance.visual_emotion, utterance.text_features)):
+        if not all(map(finite, (utterance.visual, utterance.acoustic, utterance.visual_emotion, utterance.text_features))):
             return None
         tokens = self.text(utterance.text)
         visual, acoustic = self.visual(utterance.visual, utterance), self.acoustic(utterance.acoustic, utterance)
@@ -153,18 +154,18 @@ def pack(items: list[Encoded], *, plan: MaskingPlan | None = None, encoder: Text
         text=torch.from_numpy(text),
         text_rows=torch.from_numpy(text_rows),
         text_positions=torch.from_numpy(text_positions),
-        visual=torch.from_numpy(np.concatenate([item.visual for item in items])),
+        visual=laid([item.visual for item in items]),
         visual_rows=torch.from_numpy(visual_rows),
         visual_positions=torch.from_numpy(visual_positions),
         visual_masked=torch.from_numpy(masks["visual"]),
-        visual_emotion=torch.from_numpy(np.concatenate([item.emotion for item in items])),
-        acoustic=torch.from_numpy(np.concatenate([item.acoustic for item in items])),
+        visual_emotion=laid([item.emotion for item in items]),
+        acoustic=laid([item.acoustic for item in items]),
         acoustic_rows=torch.from_numpy(acoustic_rows),
         acoustic_positions=torch.from_numpy(acoustic_positions),
         acoustic_masked=torch.from_numpy(masks["acoustic"]),
         targets=targets | _label_targets(items, starts, text_rows, text_lengths),
         labels=torch.tensor([item.label for item in items], dtype=torch.int64),
-        text_features=torch.from_numpy(np.concatenate(spoken)) if spoken else None,
+        text_features=laid(spoken) if spoken else None,
         text_features_rows=torch.from_numpy(spoken_rows) if spoken else None,
         text_features_positions=torch.from_numpy(spoken_positions) if spoken else None,
     )
@@ -185,19 +186,17 @@ def _mask_text(
     encoder: TextEncoder,
     spec: MaskSpec,
 ) -> tuple[np.ndarray, np.ndarray]:
-    offsets = np.cumsum(lengths) - lengths
-    places, wanted = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for i in members:
-        shown, positions = plan.words(items[i].sizes, items[i].tokens, encoder, spec)
-        text[offsets[i] : offsets[i] + lengths[i]] = shown
-        places.append(offsets[i] + positions)
-        wanted.append(items[i].tokens.ids[positions])
-    return np.concatenate(places), np.concatenate(wanted)
+    if not members:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    rows, _ = _rows((np.cumsum(lengths) - lengths)[members], lengths[members])
+    shown, positions = plan.words_of([items[i].sizes for i in members], [items[i].tokens for i in members], encoder, spec)
+    places = rows[positions]
+    wanted = text[places]
+    text[rows] = shown
+    return places, wanted
 
 
-def _mask_frames(
-    sizes: list[Sizes], members: list[int], lengths: np.ndarray, masked: np.ndarray, plan: MaskingPlan, spec: MaskSpec
-) -> np.ndarray:
+def _mask_frames(sizes: list[Sizes], members: list[int], lengths: np.ndarray, masked: np.ndarray, plan: MaskingPlan, spec: MaskSpec) -> np.ndarray:
     if not members:
         return np.zeros(0, np.int64)
     chosen, _ = _rows((np.cumsum(lengths) - lengths)[members], lengths[members])

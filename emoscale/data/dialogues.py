@@ -16,7 +16,7 @@ from emoscale.batch import Batch, Targets, Utterance
 from emoscale.config import DataError
 from emoscale.data.collate import Encoded, Encoder, pack
 from emoscale.data.loader import StepData, Steps
-from emoscale.data.order import SEED, Mixture, Order
+from emoscale.data.order import SEED, Mixture, Order, held_at
 from emoscale.data.streams import Utterances
 from emoscale.kernels.philox import WORD, key_of, philox
 
@@ -106,7 +106,13 @@ class Windows:
     """
 
     def __init__(
-        self, corpus: Sequence[Utterance] | Any, length: int = 11, stride: int = 5, *, same_speaker: bool = True, shuffle: int | None = None,
+        self,
+        corpus: Sequence[Utterance] | Any,
+        length: int = 11,
+        stride: int = 5,
+        *,
+        same_speaker: bool = True,
+        shuffle: int | None = None,
         stages: Sequence[int] = (),
     ) -> None:
         self.length, self.stride, self.same_speaker = length, stride, same_speaker
@@ -116,16 +122,11 @@ class Windows:
         places = np.arange(len(self.known)) if shuffle is None else np.random.default_rng(shuffle & SEED).permutation(len(self.known))
         dialogues = [[int(places[number]) for number, _ in members] for _, members in numbered]
         # A shift of up to stride − 1 must leave every window a source, a response and a target.
-        self._windows = [
-            (members, start) for members in dialogues if len(members) > NEARBY for start in range(0, max(1, len(members) - NEARBY), stride)
-        ]
+        self._windows = [(members, start) for members in dialogues if len(members) > NEARBY for start in range(0, max(1, len(members) - NEARBY), stride)]
         if not self._windows:
             raise DataError("no dialogue has three utterances; dialogues come from gaps in subtitles, or from `dialogue` in a manifest")
-        ends = np.array([members[-1] for members, _ in self._windows])
-        self.held: dict[int, int] = {}
-        """Windows → utterances, at each stage and at last; where a stage brought no window, those before it."""
-        for count in (*stages, len(self.known)) if shuffle is None else (len(self.known),):
-            self.held.setdefault(int((ends < count).sum()), count)
+        self.held = held_at([members[-1] for members, _ in self._windows], (*stages, len(self.known)) if shuffle is None else (len(self.known),))
+        """Windows → utterances, at each stage and at last; see `held_at`."""
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -157,7 +158,9 @@ class Windows:
             DataError: there are not enough.
         """
         own, drawable = self.known[members[0]], self.known[:among]
-        elsewhere = (lambda other: other.film != own.film) if any(item.film != own.film for item in drawable) else (lambda other: other.dialogue != own.dialogue)
+        elsewhere = (
+            (lambda other: other.film != own.film) if any(item.film != own.film for item in drawable) else (lambda other: other.dialogue != own.dialogue)
+        )
         found: dict[int, None] = {}
         key, tries = key_of(seed, "noise", turn, number), 64 * count
         counters = np.arange(tries, dtype=np.int64)
@@ -240,8 +243,20 @@ class DialogueSteps(Steps):
     """
 
     def __init__(
-        self, corpus: Utterances, order: Order | Mixture, encoder: Encoder, windows: Windows, *, candidates: int, seed: int, whole: bool = False, withhold: float = 0.0, global_batch: int,
-        max_tokens: int, rank: int, world: int,
+        self,
+        corpus: Utterances,
+        order: Order | Mixture,
+        encoder: Encoder,
+        windows: Windows,
+        *,
+        candidates: int,
+        seed: int,
+        whole: bool = False,
+        withhold: float = 0.0,
+        global_batch: int,
+        max_tokens: int,
+        rank: int,
+        world: int,
     ) -> None:
         super().__init__(corpus, order, encoder, None, global_batch=global_batch, max_tokens=max_tokens, rank=rank, world=world)
         self.windows, self.candidates, self.seed, self.whole, self.withhold = windows, candidates, seed, whole, withhold
@@ -256,7 +271,9 @@ class DialogueSteps(Steps):
             taken.append(([self._one(n, turn, skipped) for n in members], self.windows.asked(members), [self._one(n, turn, skipped) for n in noise]))
         groups = _within(taken, self.max_tokens)
         if self.whole and len(groups) > 1:
-            raise DataError(f"data.max_tokens: {self.max_tokens} cuts a rank's windows into {len(groups)} micro-batches; a search over the global batch needs one")
+            raise DataError(
+                f"data.max_tokens: {self.max_tokens} cuts a rank's windows into {len(groups)} micro-batches; a search over the global batch needs one"
+            )
         nothing = [self._nothing_to_say()]
         batches = [pack_windows(*zip(*group, strict=True)) for group in groups] or [pack_windows([nothing], [[]], [[]])]
         return StepData(step, batches, skipped)  # type: ignore[arg-type]  # the loop asks of a batch what both kinds have

@@ -18,6 +18,9 @@ from emoscale.data.labelled import LabelEncoder, LabelledSet, Part, refuse_unusa
 from emoscale.data.loader import StepData, Steps
 from emoscale.data.streams import Utterances
 
+TOGETHER = 256
+"""Targets that are packed before the first of their batches is given."""
+
 
 def forecasts(data: LabelledSet, corpus: Utterances, *, same_speaker: bool = True) -> LabelledSet:
     """Keep the labelled utterances that can be forecast, and put beside each what was said before it.
@@ -100,14 +103,31 @@ class ContextEncoder(LabelEncoder):
 
     def batches(self, part: Part, max_tokens: int) -> Iterator[DialogueBatch]:
         """See `LabelEncoder.batches`."""
-        order = sorted((part[row].id for row in range(len(part))), key=lambda name: (self.before[name][0].id, len(self.before[name])))
-        found, damaged = self.groups(order, max_tokens)
+        found, damaged = self.groups(self._in_order(part), max_tokens)
         refuse_unusable(damaged)
         return iter(found)
+
+    def packed(self, part: Part, max_tokens: int) -> Iterator[DialogueBatch]:
+        """Pack every target of a part once; see `LabelEncoder.packed`."""
+        order = self._in_order(part)
+        for first in range(0, len(order), TOGETHER):
+            yield from self.groups(order[first : first + TOGETHER], max_tokens)[0]
+
+    def unusable(self, utterance: Utterance) -> list[str]:
+        """See `LabelEncoder.unusable`."""
+        return [item.id for item in self.context(utterance.id) if self(item) is None]
+
+    def learns_from(self, utterance: Utterance) -> bool:
+        """See `LabelEncoder.learns_from`; a target's context has its texts at least."""
+        return True
 
     def steps(self, part: Part, **given: Any) -> Steps:
         """See `LabelEncoder.steps`."""
         return _ContextSteps(part, encoder=self, plan=None, **given)
+
+    def _in_order(self, part: Part) -> list[str]:
+        """Give the targets of a part, those of a dialogue behind one another."""
+        return sorted((part[row].id for row in range(len(part))), key=lambda name: (self.before[name][0].id, len(self.before[name])))
 
     def _one(self, item: Utterance, damaged: list[str]) -> Encoded:
         found = self(item)

@@ -8,7 +8,7 @@ from typing import Any
 
 from emoscale.config import DataError
 from emoscale.data.order import Mixture, Order
-from emoscale.data.streams import Corpus, Joined, Selected, Utterances
+from emoscale.data.streams import Corpus, Joined, Selected
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,14 @@ def stages_of(known: Sequence[dict[str, Any]], corpora: Sequence[Corpus], place:
     return [*stages, Stage(place, counts, [corpus.sha256(len(corpus)) for corpus in corpora])]
 
 
-def joined(parts: Sequence[Corpus | Selected], stages: Sequence[Stage]) -> Utterances:
+def joined(parts: Sequence[Corpus | Selected], stages: Sequence[Stage]) -> Corpus | Selected | Joined:
     """Put all corpora behind one numbering, in which what was known earlier stands first."""
     return parts[0] if len(parts) == 1 else Joined(parts, counts_of(parts, stages)[:-1])
 
 
-def sequence(parts: Sequence[Corpus | Selected], stages: Sequence[Stage], seed: int, *, weights: Sequence[float] = (), block: int = 1 << 16) -> Order | Mixture:
+def sequence(
+    parts: Sequence[Corpus | Selected], stages: Sequence[Stage], seed: int, *, weights: Sequence[float] = (), block: int = 1 << 16, shards: bool = False
+) -> Order | Mixture:
     """Give the training sequence.
 
     Args:
@@ -69,15 +71,17 @@ def sequence(parts: Sequence[Corpus | Selected], stages: Sequence[Stage], seed: 
         seed: of the run.
         weights: how often each corpus is drawn; empty = each utterance of any corpus once per pass.
         block: see `Order`.
+        shards: whether shards are shuffled, see `Order`.
     """
     counts = counts_of(parts, stages)
     grown = list(zip([stage.place for stage in stages], counts, strict=True))[1:]
     if not weights:
-        return Order(sum(counts[0]), seed, block, [(place, sum(more)) for place, more in grown])
+        cuts = joined(parts, stages).cuts() if shards else ()
+        return Order(sum(counts[0]), seed, block, [(place, sum(more)) for place, more in grown], cuts)
     if len(weights) != len(parts):
         raise DataError(f"data.weights: {len(weights)} weights for {len(parts)} corpora; give one each")
     whole = Joined(parts, counts[:-1])
-    return Mixture(counts[0], weights, seed, whole.number, block, grown)
+    return Mixture(counts[0], weights, seed, whole.number, block, grown, [part.cuts() for part in parts] if shards else ())
 
 
 def counts_of(parts: Sequence[Corpus | Selected], stages: Sequence[Stage]) -> list[list[int]]:

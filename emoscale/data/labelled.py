@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -14,11 +13,12 @@ import numpy as np
 
 from emoscale.batch import MODALITIES, Batch, Utterance
 from emoscale.config import ConfigError, DataError, differences
-from emoscale.data.collate import Encoded, Encoder, pack, split
+from emoscale.data.collate import Encoded, Encoder, pack, split, utterance_or_none
 from emoscale.data.dialogues import DialogueBatch
 from emoscale.data.loader import Steps
 from emoscale.data.streams import Utterances
 from emoscale.data.tokens import Features, TextEncoder
+from emoscale.records import read_table
 
 log = logging.getLogger("emoscale")
 SHOWN = 5
@@ -87,8 +87,16 @@ class LabelEncoder(Encoder):
     """
 
     def __init__(
-        self, text: TextEncoder, visual: Features, acoustic: Features, *, labels: dict[str, int], template: str, modalities: list[str],
-        remember: bool = False, text_features: Features | None = None,
+        self,
+        text: TextEncoder,
+        visual: Features,
+        acoustic: Features,
+        *,
+        labels: dict[str, int],
+        template: str,
+        modalities: list[str],
+        remember: bool = False,
+        text_features: Features | None = None,
     ) -> None:
         super().__init__(text, visual, acoustic, 0, text_features)
         self.labels, self.template, self.modalities = labels, template, frozenset(modalities)
@@ -112,6 +120,19 @@ class LabelEncoder(Encoder):
         unusable = [part[row].id for row, item in enumerate(items) if item is None]
         refuse_unusable(unusable)
         return map(pack, split([item for item in items if item is not None], max_tokens))
+
+    def packed(self, part: Part, max_tokens: int) -> Iterator[Batch | DialogueBatch]:
+        """Pack every utterance of a part whose features are finite once, those of like length together."""
+        items = [item for row in range(len(part)) if (item := self(part[row])) is not None]
+        return map(pack, split(items, max_tokens))
+
+    def unusable(self, utterance: Utterance) -> list[str]:
+        """Name what is looked at of an utterance and has features that are not finite."""
+        return [] if self(utterance) is not None else [utterance.id]
+
+    def learns_from(self, utterance: Utterance) -> bool:
+        """Whether a training step takes an utterance; it does not where nothing is there to be looked at."""
+        return utterance_or_none(utterance, self, 0) is not None
 
     def steps(self, part: Part, **given: Any) -> Steps:
         """Give the training sequence over a part; the rest is said as to `Steps`."""
@@ -162,12 +183,10 @@ def read_labels(table: str, corpus: Utterances, key: str) -> dict[str, dict[str,
     path = Path(table)
     if not path.is_file():
         raise ConfigError(f"labels: {path} does not exist; give a CSV with columns id,{key},speaker, or leave it empty")
-    with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet writes a byte order mark
-        reader = csv.DictReader(file)
-        missing = {"id", key} - set(reader.fieldnames or ())
-        if missing:
-            raise DataError(f"{path}: lacks the columns {', '.join(sorted(missing))}; it has {', '.join(reader.fieldnames or ())}")
-        listed = list(reader)
+    columns, listed = read_table(path)
+    missing = {"id", key} - set(columns)
+    if missing:
+        raise DataError(f"{path}: lacks the columns {', '.join(sorted(missing))}; it has {', '.join(columns)}")
     twice = [name for name, count in Counter(row["id"] for row in listed).items() if count > 1]
     if twice:
         raise DataError(f"{path}: {len(twice)} ids stand there more than once: {_shown(twice)}")
@@ -209,8 +228,14 @@ def labelled_set(corpus: Utterances, rows: dict[str, dict[str, str]], *, key: st
         raise DataError(f"all {len(items)} rows have the label {named[0]!r}; at least two classes are needed ({items[0].id}, …)")
     column = lambda name: [rows[item.id].get(name, "") or "" for item in items]  # noqa: E731  # four uses, one line each
     return LabelledSet(
-        corpus.manifest, items, np.array([classes.index(name) for name in named]), classes,
-        [rows[item.id].get("speaker") or item.speaker for item in items], column("group"), column("session"), column("split"),
+        corpus.manifest,
+        items,
+        np.array([classes.index(name) for name in named]),
+        classes,
+        [rows[item.id].get("speaker") or item.speaker for item in items],
+        column("group"),
+        column("session"),
+        column("split"),
     )
 
 
@@ -222,7 +247,8 @@ def check_encoders(theirs: dict[str, Any], mine: dict[str, Any], corpus: str) ->
         corpus: name of the corpus, for the message.
     """
     for key in ("visual", "acoustic", "text_features"):
-        odd = differences(*({name: (manifest.get(key) or {}).get(name) for name in ("encoder", "width")} for manifest in (theirs, mine)))
+        old, new = ({name: (manifest.get(key) or {}).get(name) for name in ("encoder", "width")} for manifest in (theirs, mine))
+        odd = differences(old, new)
         if odd:
             raise DataError(f"{corpus}: its {key} features come from another encoder than the model's ({'; '.join(odd)}); prepare it alike")
 

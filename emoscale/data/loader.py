@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from emoscale.batch import Batch, Utterance
 from emoscale.config import EmoscaleError
 from emoscale.data.collate import Encoder, pack, split, utterance_or_none
+from emoscale.data.handover import Lent, Slots
 from emoscale.data.masking import MaskingPlan
 from emoscale.data.order import Mixture, Order
-from emoscale.data.streams import Utterances
+from emoscale.data.streams import Corpus, Joined, Selected, Utterances
 
 
 @dataclass
@@ -50,12 +51,23 @@ class Steps(Dataset[StepData]):
     """
 
     def __init__(
-        self, corpus: Utterances, order: Order | Mixture, encoder: Encoder, plan: MaskingPlan | None, *, global_batch: int, max_tokens: int, rank: int, world: int
+        self,
+        corpus: Utterances,
+        order: Order | Mixture,
+        encoder: Encoder,
+        plan: MaskingPlan | None,
+        *,
+        global_batch: int,
+        max_tokens: int,
+        rank: int,
+        world: int,
     ) -> None:
         self.corpus, self.order, self.encoder, self.plan = corpus, order, encoder, plan
         self.global_batch, self.max_tokens, self.rank, self.world = global_batch, max_tokens, rank, world
+        self._told = range(0)
 
     def __getitem__(self, step: int) -> StepData:
+        self._announce(step * self.global_batch)
         items, skipped = [], []
         for place in range(step * self.global_batch + self.rank, (step + 1) * self.global_batch, self.world):
             turn, number = self.order.at(place)
@@ -67,6 +79,13 @@ class Steps(Dataset[StepData]):
                 items.append(item)
         batches = [pack(part, plan=self.plan, encoder=self.encoder.text, step=step) for part in split(items, self.max_tokens)]
         return StepData(step, batches or [self._nothing(step)], skipped)
+
+    def _announce(self, place: int) -> None:
+        """Tell a corpus that lies elsewhere which part of it is read now, and which one next."""
+        if isinstance(self.corpus, Corpus | Joined | Selected) and place not in self._told:
+            end, now, soon = self.order.reading(place)
+            self._told = range(place, end)
+            self.corpus.expect(now, soon)
 
     def _nothing(self, step: int) -> Batch:
         """Give what keeps a rank without work in step with the others: one empty text that nobody counts."""
@@ -81,34 +100,42 @@ class Steps(Dataset[StepData]):
             EmoscaleError: as it was raised in the worker.
         """
         loader = DataLoader(
-            _Handed(self), batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=torch.cuda.is_available(),
-            prefetch_factor=2 if workers else None, worker_init_fn=_start_worker,
+            _Handed(self, Slots.for_workers(workers)),
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=2 if workers else None,
+            worker_init_fn=_start_worker,
             # A loader draws a seed for its workers; from torch's own stream, a resumed run would draw once more than an unbroken one.
             generator=torch.Generator(),
         )
         return _raised(iter(loader))
 
 
-class _Handed(Dataset[StepData | EmoscaleError]):
-    """Hands an error of ours over as an item: a DataLoader would wrap it in the worker's traceback, and its one line be lost."""
+class _Handed(Dataset[StepData | Lent | EmoscaleError]):
+    """Hands steps over in memory that is used again.
 
-    def __init__(self, steps: Steps) -> None:
-        self.steps = steps
+    An error of ours goes over as an item: a DataLoader would wrap it in the worker's traceback, and its one line be lost.
+    """
 
-    def __getitem__(self, step: int) -> StepData | EmoscaleError:
+    def __init__(self, steps: Steps, slots: Slots | None) -> None:
+        self.steps, self.slots = steps, slots
+
+    def __getitem__(self, step: int) -> StepData | Lent | EmoscaleError:
         try:
-            return self.steps[step]
+            return self.slots.hand_over(lambda: self.steps[step]) if self.slots is not None else self.steps[step]
         except EmoscaleError as error:
             return error
 
 
-def _raised(items: Iterator[StepData | EmoscaleError]) -> Iterator[StepData]:
+def _raised(items: Iterator[StepData | Lent | EmoscaleError]) -> Iterator[StepData]:
     for item in items:
         if isinstance(item, EmoscaleError):
             # Kept alive by the traceback, the loader would wait 5 s for each worker before it kills it.
             del items
             raise item
-        yield item
+        yield item.open() if isinstance(item, Lent) else item
 
 
 def _start_worker(_: int) -> None:

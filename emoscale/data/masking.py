@@ -6,7 +6,7 @@ rank, world size, worker count, batch layout or restarts, and every count is kno
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +73,7 @@ class MaskingPlan:
         self.seed = seed
         self.per_step = per_step
         self.modality_dropout = dict(modality_dropout or {})
+        self._known: dict[tuple[bool, ...], list[tuple[MaskSpec, float]]] = {}
 
     def assign(self, items: list[Sizes], step: int) -> list[MaskSpec | None]:
         """Give each utterance the objective it serves: drawn by `mix` among those whose modality it has.
@@ -89,6 +90,8 @@ class MaskingPlan:
         Words and voice both tell of a face; where they always come together, the one that is easier to remember is learned
         alone. An utterance that serves nothing, or whose objective has a single other modality to look at, is shown whole.
         """
+        if not any(self.modality_dropout.values()):
+            return [""] * len(items)
         keys = [key_of("left out", item.turn, item.id) for item in items]
         draws = uniform(np.array(keys, np.int64), self.seed)
         return [self._left_out(item, spec, float(draw)) for item, spec, draw in zip(items, specs, draws, strict=True)]
@@ -101,29 +104,50 @@ class MaskingPlan:
 
     def words(self, item: Sizes, tokens: Tokens, encoder: TextEncoder, spec: MaskSpec) -> tuple[np.ndarray, np.ndarray]:
         """Give (token ids as the model sees them, positions to predict) for one text; at least one word is withheld."""
-        units = tokens.words if spec.whole_word else np.where(tokens.words == SPECIAL, SPECIAL, np.arange(len(tokens.words)))
-        names = np.unique(units[units != SPECIAL])
-        count = max(1, int(np.floor(spec.ratio * len(names) + 0.5)))
-        key = key_of("text", item.turn, item.id)
-        order, action, *_ = self._stream(names, key, 0)
-        chosen = np.argsort(order, kind="stable")[:count]
-        fate = dict(zip(names[chosen].tolist(), (action[chosen] / (WORD + 1)).tolist(), strict=True))
-        positions = np.flatnonzero(np.isin(units, names[chosen]))
-        fates = np.array([fate[unit] for unit in units[positions].tolist()])
-        random, *_ = self._stream(positions, key, 1)
-        shown = tokens.ids.copy()
+        return self.words_of([item], [tokens], encoder, spec)
+
+    def words_of(self, items: Sequence[Sizes], texts: Sequence[Tokens], encoder: TextEncoder, spec: MaskSpec) -> tuple[np.ndarray, np.ndarray]:
+        """Give what `words` gives for each of at least one text, behind one another: (ids, positions in them)."""
+        lengths = np.array([len(tokens.ids) for tokens in texts], np.int64)
+        owners = np.repeat(np.arange(len(texts)), lengths)
+        places = np.arange(len(owners)) - (np.cumsum(lengths) - lengths)[owners]
+        words = np.concatenate([tokens.words for tokens in texts])
+        keys = np.array([key_of("text", item.turn, item.id) for item in items], np.int64)
+        free = np.flatnonzero(words != SPECIAL)
+        units = words if spec.whole_word else places
+        # Units of one text are numbered below its own bound: sorted, they come text by text, in order.
+        bound = int(units.max(initial=0)) + 1
+        codes, unit_of = np.unique(owners[free] * bound + units[free], return_inverse=True)
+        texts_of, names = np.divmod(codes, bound)
+        order, action, *_ = self._stream(names, keys[texts_of], 0)
+        held = np.bincount(texts_of, minlength=len(texts))
+        counts = np.maximum(1, np.floor(spec.ratio * held + 0.5)).astype(np.int64)
+        drawn = np.lexsort((order, texts_of))
+        chosen = np.zeros(len(codes), bool)
+        chosen[drawn[np.arange(len(codes)) - (np.cumsum(held) - held)[texts_of] < counts[texts_of]]] = True
+        taken = chosen[unit_of]
+        positions, fates = free[taken], (action / (WORD + 1))[unit_of[taken]]
+        random, *_ = self._stream(places[positions], keys[owners[positions]], 1)
+        shown = np.concatenate([tokens.ids for tokens in texts])
         substitutes = encoder.replacements[random % len(encoder.replacements)]
         shown[positions] = np.where(fates < KEEP_AS_MASK, encoder.mask, np.where(fates < REPLACE, substitutes, shown[positions]))
         return shown, positions
 
     def _pick(self, item: Sizes, draw: float) -> MaskSpec | None:
-        open_to = [spec for spec in self.specs if self.per_step or item.of(spec.modality) > 0]
-        total = sum(spec.mix for spec in open_to)
-        for spec in open_to:
-            draw -= spec.mix / total
+        shares = self._shares(*(self.per_step or item.of(modality) > 0 for modality in MODALITIES))
+        for spec, share in shares:
+            draw -= share
             if draw < 0:
                 return spec if item.of(spec.modality) > 0 else None
-        return open_to[-1] if open_to and item.of(open_to[-1].modality) > 0 else None
+        return shares[-1][0] if shares and item.of(shares[-1][0].modality) > 0 else None
+
+    def _shares(self, *there: bool) -> list[tuple[MaskSpec, float]]:
+        """Give the objectives that are open to an utterance with these modalities, and the share of each."""
+        if there not in self._known:
+            open_to = [spec for spec in self.specs if there[MODALITIES.index(spec.modality)]]
+            total = sum(spec.mix for spec in open_to)
+            self._known[there] = [(spec, spec.mix / total) for spec in open_to]
+        return self._known[there]
 
     def _left_out(self, item: Sizes, spec: MaskSpec | None, draw: float) -> str:
         others = [modality for modality in MODALITIES if spec is not None and modality != spec.modality and item.of(modality) > 0]
@@ -135,9 +159,8 @@ class MaskingPlan:
                 return modality
         return ""
 
-    def _stream(self, counters: np.ndarray, key: int, purpose: int) -> tuple[np.ndarray, ...]:
-        zero = np.zeros_like(counters)
-        return philox(counters.astype(np.int64), zero + (key & WORD), zero + ((key >> 32) & WORD), zero + purpose, self.seed)
+    def _stream(self, counters: np.ndarray, keys: np.ndarray, purpose: int) -> tuple[np.ndarray, ...]:
+        return philox(counters.astype(np.int64), keys & WORD, (keys >> 32) & WORD, np.full_like(keys, purpose), self.seed)
 
 
 def uniform(keys: np.ndarray, seed: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from emoscale.config import DataError
 from emoscale.data.collate import Encoder
 from emoscale.data.loader import StepData, Steps
 from emoscale.data.masking import uniform
-from emoscale.data.order import Mixture, Order
+from emoscale.data.order import Mixture, Order, held_at
 from emoscale.data.streams import Utterances
 from emoscale.kernels.philox import key_of
 
@@ -84,15 +84,21 @@ class PairBatch:
 class Pairs:
     """The utterances of a corpus that have both a text and a picture (reads every record once).
 
+    Args:
+        corpus: the utterances.
+        stages: utterances that it held before each time it grew; what came later is numbered behind what was there.
+
     Raises:
         DataError: there is none.
     """
 
-    def __init__(self, corpus: Utterances) -> None:
+    def __init__(self, corpus: Utterances, stages: Sequence[int] = ()) -> None:
         self.corpus, self.manifest = corpus, corpus.manifest
         self._numbers = [number for number in range(len(corpus)) if is_pair(corpus[number])]
         self.left_out = len(corpus) - len(self._numbers)
         """Utterances that lack one of the two."""
+        self.held = held_at(self._numbers, (*stages, len(corpus)))
+        """Pairs → utterances, at each stage and at last; see `held_at`."""
         if not self._numbers:
             raise DataError("no utterance has both a text and a picture; prepare pictures with preprocess.visual.encoder=crops")
 
@@ -130,7 +136,9 @@ def pair_of(utterance: Utterance, encoder: Encoder, number: int) -> Pair:
     except ValueError as error:
         raise DataError(f"{utterance.id}: {error}; prepare the corpus again") from error
     if picture.size != encoder.visual.width:
-        raise DataError(f"{utterance.id}: picture of {picture.shape[0]}×{picture.shape[1]}, the manifest says {encoder.visual.width} numbers; prepare the corpus again")
+        raise DataError(
+            f"{utterance.id}: picture of {picture.shape[0]}×{picture.shape[1]}, the manifest says {encoder.visual.width} numbers; prepare the corpus again"
+        )
     return Pair(utterance.id, encoder.text(utterance.text).ids, picture.reshape(-1))
 
 

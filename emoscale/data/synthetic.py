@@ -26,7 +26,13 @@ class Synthetic:
         self.visual_width, self.acoustic_width, self.expressions = visual_width, acoustic_width, expressions
         self.manifest: dict[str, Any] = {
             "visual": {"encoder": {"name": "synthetic"}, "width": visual_width, "max_frames": 36, "mean": [0.0] * visual_width, "std": [1.0] * visual_width},
-            "acoustic": {"encoder": {"name": "synthetic"}, "width": acoustic_width, "max_frames": 64, "mean": [0.0] * acoustic_width, "std": [1.0] * acoustic_width},
+            "acoustic": {
+                "encoder": {"name": "synthetic"},
+                "width": acoustic_width,
+                "max_frames": 64,
+                "mean": [0.0] * acoustic_width,
+                "std": [1.0] * acoustic_width,
+            },
             "visual_emotion": {"classes": [f"class {i}" for i in range(expressions)]} if expressions else None,
             "counts": {"utterances": count},
         }
@@ -65,6 +71,4 @@ def synthetic_tokenizer() -> Any:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]  # the stub knows no setter
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import numpy as np
 from emoscale.batch import Utterance
 from emoscale.codecs import decode_audio, decode_faces
 from emoscale.config import ConfigError, DataError
+from emoscale.data.frames import Frames
+from emoscale.files import parse_json
 from emoscale.template import BLANK, TEXT
 
 SPECIAL = -1
+REMEMBERED = 1 << 17
+"""Words whose pieces are kept: about 30 MB."""
 
 
 @dataclass
@@ -52,6 +57,7 @@ class TextEncoder:
         if self.sep is None:
             raise ConfigError("data.tokenizer: this tokenizer lacks [CLS], [SEP] or [MASK], and </s> too; give one like BERT's or T5's")
         self._first = [] if self.cls is None else [self.cls]
+        self._known: dict[str, list[int]] = {}
         special = set(tokenizer.all_special_ids)
         self.replacements = np.array([i for i in range(len(tokenizer)) if i not in special], dtype=np.int64)
 
@@ -102,12 +108,27 @@ class TextEncoder:
 
     def _pieces(self, text: str, *, literal: bool) -> tuple[list[int], list[int]]:
         """Tokenise words; with `literal`, a `[MASK]` or `[SEP]` that somebody wrote is text like any other."""
-        if not text:
+        words = text.split()
+        if not words:
             return [], []
-        encoded = self.tokenizer(
-            text.split(), is_split_into_words=True, add_special_tokens=False, split_special_tokens=literal, verbose=False
-        )
+        if literal:
+            pieces = self._remembered(words)
+            return list(chain.from_iterable(pieces)), [number for number, own in enumerate(pieces) for _ in own]
+        encoded = self.tokenizer(words, is_split_into_words=True, add_special_tokens=False, split_special_tokens=False, verbose=False)
         return encoded["input_ids"], encoded.word_ids()
+
+    def _remembered(self, words: list[str]) -> list[list[int]]:
+        """Give each word's pieces; a tokenizer that is handed words takes each for itself, and few words make up most texts."""
+        if len(self._known) > REMEMBERED:
+            self._known.clear()
+        fresh = [word for word in dict.fromkeys(words) if word not in self._known]
+        if fresh:
+            encoded = self.tokenizer(fresh, is_split_into_words=True, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            found: list[list[int]] = [[] for _ in fresh]
+            for piece, number in zip(encoded["input_ids"], encoded.word_ids(), strict=True):
+                found[number].append(piece)
+            self._known.update(zip(fresh, found, strict=True))
+        return [self._known[word] for word in words]
 
 
 def load_tokenizer(name: str, corpus: Path | None) -> Any:
@@ -116,18 +137,30 @@ def load_tokenizer(name: str, corpus: Path | None) -> Any:
     Raises:
         ConfigError: there is none, or it is not a fast one (whole words cannot be told apart).
     """
-    from transformers import AutoTokenizer
-
     source = name or (str(corpus / "tokenizer") if corpus is not None and (corpus / "tokenizer").is_dir() else "")
     if not source:
         raise ConfigError(f"data.tokenizer: {corpus} holds no tokenizer; name one, such as data.tokenizer=bert-base-uncased")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = _tokenizer_class(Path(source)).from_pretrained(source, trust_remote_code=False)
+        tokenizer(["a"], is_split_into_words=True, add_special_tokens=False)  # its files can say what it does not stand at use
     except Exception as error:  # the Rust tokenizers raise a bare Exception for a file they cannot parse
         raise ConfigError(f"data.tokenizer: {source} cannot be loaded ({' '.join(str(error).split())})") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"data.tokenizer: {source} is a slow tokenizer; give one with a tokenizer.json")
     return tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """Give the fast class that a folder names, else `AutoTokenizer`: with it come models, generation and scikit-learn, for seconds."""
+    import transformers
+
+    settings = folder / "tokenizer_config.json"
+    told = parse_json(settings.read_bytes()) if settings.is_file() and (folder / "tokenizer.json").is_file() else {}
+    name = "" if "auto_map" in told else str(told.get("tokenizer_class", ""))
+    for kind in (getattr(transformers, name.removesuffix("Fast") + suffix, None) for suffix in ("Fast", "")):
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerFast):
+            return kind
+    return transformers.AutoTokenizer
 
 
 def class_words(classes: list[str], verbalisers: dict[str, str], tokenizer: Any) -> list[int]:
@@ -170,7 +203,7 @@ class Features:
         if section.get("raw"):
             none = np.zeros(0, np.float32)
             return RAW_FRAMES[section["raw"]](int(section["width"]), max_frames or int(section["max_frames"]), none, none)
-        width, mean, std = int(section["width"]), np.asarray(section["mean"], np.float32), np.asarray(section["std"], np.float32)
+        width, mean, std = int(section["width"]), *(np.asarray(section.get(name, []), np.float32) for name in ("mean", "std"))
         if mean.shape != (width,) or std.shape != (width,) or not np.isfinite([mean, std]).all():
             raise DataError(f"manifest.json: mean {mean.shape} and std {std.shape} must be {width} finite numbers each; prepare the corpus again")
         return cls(width, max_frames or int(section["max_frames"]), mean, np.where(std > 0, std, 1.0).astype(np.float32))
@@ -180,8 +213,8 @@ class Features:
         """Read a manifest's section on text features; None where the corpus has none."""
         return cls.from_manifest(manifest["text_features"]) if manifest.get("text_features") else None
 
-    def __call__(self, frames: np.ndarray, utterance: Utterance) -> np.ndarray:
-        """Give the first frames as normalised float32 [T, D].
+    def __call__(self, frames: np.ndarray, utterance: Utterance) -> np.ndarray | Frames:
+        """Give the first frames as float32 [T, D], normalised where they are read.
 
         Raises:
             DataError: the width is not the manifest's.
@@ -190,7 +223,7 @@ class Features:
             return np.zeros((0, self.width), np.float32)
         if frames.ndim != 2 or frames.shape[1] != self.width:
             raise DataError(f"{utterance.id}: features of shape {frames.shape}, the manifest says [T, {self.width}]; prepare the corpus again")
-        return (frames[: self.max_frames].astype(np.float32) - self.mean) / self.std
+        return Frames(frames[: self.max_frames], self.mean, self.std)
 
 
 class Waveform(Features):
@@ -203,7 +236,7 @@ class Waveform(Features):
             DataError: the sound cannot be decoded.
         """
         try:
-            wave = decode_audio(utterance.audio)
+            wave = decode_audio(utterance.audio, self.max_frames * self.width)
         except ValueError as error:
             raise DataError(f"{utterance.id}: {error}; prepare the corpus again") from error
         count = min(self.max_frames, len(wave) // self.width)
@@ -224,7 +257,9 @@ class Pictures(Features):
         except ValueError as error:
             raise DataError(f"{utterance.id}: {error}; prepare the corpus again") from error
         if len(crops) and crops[0].size != self.width:
-            raise DataError(f"{utterance.id}: pictures of {crops.shape[1]}×{crops.shape[2]}, the manifest says {self.width} numbers each; prepare the corpus again")
+            raise DataError(
+                f"{utterance.id}: pictures of {crops.shape[1]}×{crops.shape[2]}, the manifest says {self.width} numbers each; prepare the corpus again"
+            )
         return crops.reshape(len(crops), self.width).astype(np.float32) / 255
 
 

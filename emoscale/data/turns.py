@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from emoscale.batch import Targets, Utterance
+from emoscale.codecs import one_face
 from emoscale.config import DataError
 from emoscale.data.collate import Encoder
 from emoscale.data.loader import StepData, Steps
 from emoscale.data.masking import MaskingPlan, MaskSpec, Sizes, uniform
-from emoscale.data.order import Mixture, Order
+from emoscale.data.order import Mixture, Order, held_at
 from emoscale.data.streams import Utterances
 from emoscale.data.tokens import SPECIAL, Tokens
 from emoscale.kernels.philox import key_of
@@ -160,19 +162,23 @@ class Turns:
     Args:
         corpus: the utterances; those of a dialogue follow one another.
         context: turns before a response that are read at most.
+        stages: utterances that the corpus held before each time it grew. A response does not look back over such a border, and those
+            before it keep their numbers.
 
     Raises:
         DataError: no dialogue has two utterances of which the second has words.
     """
 
-    def __init__(self, corpus: Utterances, context: int = 5) -> None:
+    def __init__(self, corpus: Utterances, context: int = 5, stages: Sequence[int] = ()) -> None:
         known = [(item.dialogue or item.id, bool(item.text)) for item in (corpus[number] for number in range(len(corpus)))]
         self._found = []
-        for _, members in groupby(enumerate(known), key=lambda pair: pair[1][0]):
+        for _, members in groupby(enumerate(known), key=lambda pair: (pair[1][0], bisect_right(stages, pair[0]))):
             numbers = [(number, spoken) for number, (_, spoken) in members]
             self._found += [
                 [before for before, _ in numbers[max(0, place - context) : place + 1]] for place, (_, spoken) in enumerate(numbers) if place and spoken
             ]
+        self.held = held_at([members[-1] for members in self._found], (*stages, len(known)))
+        """Responses → utterances, at each stage and at last; see `held_at`."""
         if not self._found:
             raise DataError("no utterance with words follows another; dialogues come from gaps in subtitles, or from `dialogue` in a manifest")
 
@@ -224,17 +230,20 @@ class TurnReader:
         seen = self.ground == "response" or (self.ground == "previous" and distance > 0)
         if not seen or not utterance.has("visual"):
             return Turn(distance, tokens)
-        faces, emotion = utterance.visual[: self.encoder.visual.max_frames], utterance.visual_emotion
+        faces, emotion, raw = utterance.visual[: self.encoder.visual.max_frames], utterance.visual_emotion, utterance.faces
         drawn = float(uniform(np.array([key_of("frame", turn, utterance.id)], np.int64), self.seed)[0]) if self.frame == "drawn" else 0.5
-        if self.frame != "mean" and len(faces):  # raw pictures lie in one file, and are chosen from behind
-            chosen = int(drawn * len(faces))
+        if self.frame != "mean":
+            try:
+                raw, chosen = one_face(raw, drawn, self.encoder.visual.max_frames) if raw else (raw, int(drawn * len(faces)))
+            except ValueError as error:
+                raise DataError(f"{utterance.id}: {error}; prepare the corpus again") from error
             faces, emotion = faces[chosen : chosen + 1], emotion[chosen : chosen + 1]
-        item = self.encoder(Utterance(id=utterance.id, visual=faces, visual_emotion=emotion, faces=utterance.faces), turn)
+        item = self.encoder(Utterance(id=utterance.id, visual=faces, visual_emotion=emotion, faces=raw), turn)
         if item is None:
             damaged.append(utterance.id)
             return Turn(distance, tokens)
         place = int(drawn * len(item.visual))
-        both = (item.visual, item.emotion)
+        both = (np.asarray(item.visual), item.emotion)
         return Turn(distance, tokens, *((part.mean(0) for part in both) if self.frame == "mean" else (part[place] for part in both)))
 
     def _tokens(self, text: str) -> Tokens:
@@ -354,7 +363,7 @@ class TurnSteps(Steps):
     def __init__(
         self, corpus: Utterances, order: Order | Mixture, reader: TurnReader, turns: Turns, plan: MaskingPlan, *, pad: int, global_batch: int, max_tokens: int,
         rank: int, world: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(corpus, order, reader.encoder, plan, global_batch=global_batch, max_tokens=max_tokens, rank=rank, world=world)
         self.reader, self.turns, self.pad = reader, turns, pad
 

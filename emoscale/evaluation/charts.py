@@ -84,26 +84,18 @@ def bar_chart(title: str, values: Mapping[str, float]) -> str:
 
 def legend(names: Sequence[str]) -> str:
     """Give the colour key of charts drawn with these curve names in this order."""
-    keys = "".join(
-        f'<span><i class="key k{order % COLOURS}"></i>{escape(name)}</span>' for order, name in enumerate(names)
-    )
+    keys = "".join(f'<span><i class="key k{order % COLOURS}"></i>{escape(name)}</span>' for order, name in enumerate(names))
     return f'<p class="legend">{keys}</p>'
 
 
-def interval_mark(
-    value: float, low: float, high: float, *, start: float, end: float, reference: float | None = None
-) -> str:
+def interval_mark(value: float, low: float, high: float, *, start: float, end: float, reference: float | None = None) -> str:
     """Draw a dot with whiskers on a scale from `start` to `end`; `reference` (such as 0) gets a hairline."""
     wide, middle = 150, 9
 
     def at(x: float) -> float:
         return 6 + (x - start) / max(end - start, 1e-9) * (wide - 12)
 
-    line = (
-        ""
-        if reference is None
-        else f'<line class="zero" x1="{at(reference):.1f}" x2="{at(reference):.1f}" y1="0" y2="18"/>'
-    )
+    line = "" if reference is None else f'<line class="zero" x1="{at(reference):.1f}" x2="{at(reference):.1f}" y1="0" y2="18"/>'
     return (
         f'<svg class="mark" viewBox="0 0 {wide} 18" width="{wide}" height="18" aria-hidden="true">{line}'
         f'<line class="whisker" x1="{at(low):.1f}" x2="{at(high):.1f}" y1="{middle}" y2="{middle}"/>'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,10 +12,14 @@ from typing import Any
 from emoscale.config import DataError
 from emoscale.evaluation.charts import legend, line_chart, number
 from emoscale.evaluation.page import Section, cell, table
-from emoscale.files import file_sha256
+from emoscale.files import file_sha256, parse_json
+from emoscale.forms import Manifest, Row
+from emoscale.records import check, read_json, read_lines
 
 FIRST_CURVES = ("loss", "uar", "validation", "valid", "eval", "wa")
 LAST_CURVES = ("lr", "grad_norm", "utterances_per_s", "data_wait_share", "mfu", "memory_gib")
+LARGEST = 1e300
+"""Beyond it nothing can be drawn."""
 NO_CURVES = {"step", "utterances", "tokens", "step_time_s", "data_wait_s", "time", "pass", "epoch"}
 
 
@@ -72,18 +75,14 @@ def corpus_section(corpus_folder: Path, *, command: str, title: str = "Corpus") 
     """Show counts, encoders, hashes and skipped inputs of a prepared corpus from its manifest and ledger."""
     folder = Path(corpus_folder)
     path = folder / "manifest.json"
-    manifest = _json(path)
+    manifest: Any = check(_json(path), Manifest, path, "prepare the corpus again")
     counts = manifest.get("counts", {})
-    html = table(
-        [], [[cell(key.replace("_", " "), tag="th"), cell(f"{value:,}", "num")] for key, value in counts.items()]
-    )
+    html = table([], [[cell(key.replace("_", " "), tag="th"), cell(f"{value:,}", "num")] for key, value in counts.items()])
     html += "<h3>Encoders</h3>" + _encoders(manifest)
     html += _ledger(folder / "ledger.jsonl")
     digest = file_sha256(path)
     shards = manifest.get("shards", [])
-    rows = [
-        [cell(s["file"], "code"), cell(f"{s.get('utterances', 0):,}", "num"), cell(s["sha256"], "code")] for s in shards
-    ]
+    rows = [[cell(s["file"], "code"), cell(f"{s.get('utterances', 0):,}", "num"), cell(s["sha256"], "code")] for s in shards]
     head = [cell("Shard", tag="th"), cell("Utterances", "num", tag="th"), cell("SHA-256", tag="th")]
     html += f"<p>Manifest SHA-256 <code>{digest}</code></p>"
     html += f"<details><summary>{len(shards)} shards with their hashes</summary>{table(head, rows)}</details>"
@@ -109,7 +108,7 @@ def _encoders(manifest: Mapping[str, Any]) -> str:
     teacher, tokenizer = manifest.get("visual_emotion"), manifest.get("tokenizer")
     if teacher:
         classes = ", ".join(teacher["classes"])
-        digest = escape(str(teacher["teacher_sha256"]))
+        digest = escape(str(teacher.get("teacher_sha256") or "–"))
         html += f"<p>Expression teacher: {escape(classes)}; SHA-256 <code>{digest}</code></p>"
     if tokenizer:
         words = f"{tokenizer.get('vocab_size', 0):,} pieces"
@@ -120,14 +119,12 @@ def _encoders(manifest: Mapping[str, Any]) -> str:
 def _ledger(path: Path) -> str:
     if not path.is_file():
         return ""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows: list[Any] = [check(row, Row, f"{path}, line {number}", "run `emoscale prepare` again") for number, row in read_lines(path)]
     state = {row["path"]: row for row in rows}
-    skipped = Counter(
-        str(row.get("reason") or "no reason given") for row in state.values() if row["status"] == "skipped"
-    )
+    skipped = Counter(str(row.get("reason") or "no reason given") for row in state.values() if row["status"] == "skipped")
     notes: Counter[str] = Counter()
     for row in state.values():
-        notes.update(row.get("notes") or {})
+        notes.update({name: count for name, count in (row.get("notes") or {}).items() if isinstance(count, int)})
     done = len(state) - skipped.total()
     html = f"<h3>Inputs</h3><p>{done:,} of {len(state):,} inputs used, {skipped.total():,} skipped.</p>"
     found = [("skipped", text, count) for text, count in skipped.most_common()]
@@ -143,19 +140,23 @@ def _record(line: str) -> dict[str, Any] | None:
     start = 0
     while start >= 0:
         try:
-            row = json.loads(line[start:])
-        except json.JSONDecodeError:
+            row = parse_json(line[start:])
+        except ValueError:
             start = line.find('{"', start + 1)
             continue
         return row if isinstance(row, dict) and (start == 0 or "step" in row) else None
     return None
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
 def _by_step(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Merge the rows of each step; a resumed run logs some steps again, the later value holds."""
     merged: dict[int, dict[str, Any]] = {}
     for row in rows:
-        if "step" in row:
+        if _is_count(row.get("step")):
             merged[row["step"]] = merged.get(row["step"], {}) | row
     return [merged[step] for step in sorted(merged)]
 
@@ -165,9 +166,9 @@ def _numeric(row: Mapping[str, Any]) -> dict[str, float]:
     curves = {
         key: float(value)
         for key, value in row.items()
-        if key not in NO_CURVES and isinstance(value, int | float) and not isinstance(value, bool)
+        if key not in NO_CURVES and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
     }
-    if row.get("step_time_s") and "data_wait_s" in row:
+    if all(isinstance(row.get(key), float | int) and 0 < row[key] <= LARGEST for key in ("step_time_s", "data_wait_s")):
         curves["data_wait_share"] = row["data_wait_s"] / row["step_time_s"]
     return curves
 
@@ -180,15 +181,9 @@ def _curve_order(key: str) -> tuple[int, str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; is this the right folder?") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); the file is damaged") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: holds {type(value).__name__}, a mapping of keys was expected")
-    return value
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; is this the right folder?")
+    return read_json(path, dict[str, Any], "the file is damaged")
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

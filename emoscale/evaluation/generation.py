@@ -113,7 +113,7 @@ def compare(arms: Mapping[str, Sequence[Responses]], *, seed: int = 0) -> dict[s
     if len(names) < 2:
         raise DataError("held-out responses come from one dialogue; an interval needs at least two")
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
-    weights = np.concatenate([np.ones((1, len(owner))), draws[:, owner]])
+    weights = np.concatenate([np.ones((1, len(owner))), draws[:, owner]], dtype=np.float64)
     scored = {name: np.mean([_measures(run, weights) for run in runs], axis=0) for name, runs in arms.items()}
     first = next(iter(scored))
     found: dict[str, Any] = {}
@@ -149,7 +149,7 @@ def _cosine(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
 
 def _sacrebleu() -> Any:
     try:
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics import BLEU  # pyright: ignore[reportPrivateImportUsage]  # public in its readme
     except ImportError as error:
         raise ImportError("BLEU needs sacrebleu: pip install 'emoscale[generation]'") from error
     return BLEU

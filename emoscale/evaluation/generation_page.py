@@ -18,11 +18,15 @@ def response_sections(result: Mapping[str, Any], *, command: str) -> list[Sectio
         result: as it came.
         command: that made it.
     """
-    head = [cell("Run", tag="th"), *(cell(name, "num", tag="th") for name in (*(title for title, _ in SHOWN.values()), "Dist-1", "Dist-2", "Unigram perplexity"))]
+    head = [
+        cell("Run", tag="th"),
+        *(cell(name, "num", tag="th") for name in (*(title for title, _ in SHOWN.values()), "Dist-1", "Dist-2", "Unigram perplexity", "Uniform")),
+    ]
     rows = [
         [
             cell(name, tag="th"), *(_measure(arm[measure], scale) for measure, (_, scale) in SHOWN.items()),
             *(cell(f"{arm[key]:.3f}", "num") for key in ("dist_1", "dist_2")), cell(f"{arm['unigram']:.1f}", "num"),
+            cell(f"{arm['uniform']:,.0f}", "num"),
         ]
         for name, arm in result["arms"].items()
     ]  # fmt: skip
@@ -31,7 +35,9 @@ def response_sections(result: Mapping[str, Any], *, command: str) -> list[Sectio
         f"{result['responses']} held-out responses. Emotion consistency: how often the judge ({result['judge']}) reads the emotion of the true response in the "
         f"generated one, in percent; it reads it in {100 * result['said']:.1f} of the true ones. 95 % intervals over dialogues; below them, {first} less this row.",
     )
-    said = [[cell(name, tag="th"), cell(row["id"]), cell(row["said"]), cell(row["generated"])] for name, arm in result["arms"].items() for row in arm["samples"]]
+    said = [
+        [cell(name, tag="th"), cell(row["id"]), cell(row["said"]), cell(row["generated"])] for name, arm in result["arms"].items() for row in arm["samples"]
+    ]
     titles = [cell(word, tag="th") for word in ("Run", "Utterance", "Said", "Generated")]
     return [Section("Generated responses", table(head, rows), command, notes=notes), Section("Samples", table(titles, said), command)]
 

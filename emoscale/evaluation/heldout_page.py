@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from emoscale.evaluation.page import Section, cell, table
-from emoscale.evaluation.pairs_page import pairs_section
+from emoscale.evaluation.pairs_page import pairs_section, samples_section
 from emoscale.evaluation.retrieval import MEASURES
 
 
@@ -20,7 +20,7 @@ def heldout_sections(runs: Mapping[str, Mapping[str, Any]], *, command: str) -> 
     searched = {name: result["search"] for name, result in runs.items() if "search" in result}
     masked = {name: result["objectives"] for name, result in runs.items() if "objectives" in result}
     paired = {name: result["pairs"] for name, result in runs.items() if "pairs" in result}
-    found = ([_searches(searched, command)] if searched else []) + ([pairs_section(paired, command)] if paired else [])
+    found = ([_searches(searched, command)] if searched else []) + ([pairs_section(paired, command), samples_section(paired, command)] if paired else [])
     return [*found, *([_objectives(masked, command)] if masked else [])]
 
 
@@ -50,7 +50,12 @@ def _objectives(runs: Mapping[str, Mapping[str, Any]], command: str) -> Section:
         ]
         for run, objectives in runs.items() for name, scores in objectives.items()
     ]  # fmt: skip
-    return Section("Masked units of held-out utterances", table(head, rows), command, notes=("Mean loss per masked unit; lower is better. 95 % intervals over utterances.",))
+    return Section(
+        "Masked units of held-out utterances",
+        table(head, rows),
+        command,
+        notes=("Mean loss per masked unit; lower is better. 95 % intervals over utterances.",),
+    )
 
 
 def _percent(measure: Mapping[str, float]) -> str:

@@ -115,10 +115,7 @@ def score_runs(
     """
     table = _Table.of([list(runs)], classes, unit)
     values, draws = table.scores(resamples, seed)
-    intervals = {
-        name: percentile_interval(values[name][0], draws[name][:, 0], level=0.95, unit=table.unit, units=table.units)
-        for name in METRICS
-    }
+    intervals = {name: percentile_interval(values[name][0], draws[name][:, 0], level=0.95, unit=table.unit, units=table.units) for name in METRICS}
     counts = table.observed.sum(axis=(0, 1))
     return Scores(
         **{name: float(values[name][0]) for name in METRICS},
@@ -182,9 +179,7 @@ def recall_at(scores: ArrayLike, *, k: int, m: int) -> float:
     """
     table = np.asarray(scores, np.float64)
     if table.ndim != 2 or table.shape[1] < k or not 1 <= m <= k:
-        raise ValueError(
-            f"scores: shape {table.shape}, k {k}, m {m}; need [queries, at least k candidates] and 1 ≤ m ≤ k"
-        )
+        raise ValueError(f"scores: shape {table.shape}, k {k}, m {m}; need [queries, at least k candidates] and 1 ≤ m ≤ k")
     better = ~(table[:, 1:k] < table[:, :1])
     return float(np.mean(better.sum(axis=1) < m))
 
@@ -246,9 +241,7 @@ class _Table:
         pooled = [pool([run for run in runs if run.seed == seed], classes) for runs in systems for seed in seeds]
         unit, notes = choose_unit(pooled, unit)
         keys = [run.speakers if unit == "speaker" else run.ids for run in pooled]
-        names, number = np.unique(
-            np.concatenate([np.asarray(part, object) for part in keys]).astype(str), return_inverse=True
-        )
+        names, number = np.unique(np.concatenate([np.asarray(part, object) for part in keys]).astype(str), return_inverse=True)
         parts = np.split(number.astype(np.int64), np.cumsum([len(part) for part in keys])[:-1])
         count = len(classes)
         columns, observed = [], []
@@ -262,16 +255,12 @@ class _Table:
             notes.append(f"mean over {len(seeds)} training seeds; the interval draws seeds as well")
         return cls(columns, len(systems), tables, tables.sum(-1) > 0, unit, len(names), utterances, notes)
 
-    def scores(
-        self, resamples: int, seed: int
-    ) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
+    def scores(self, resamples: int, seed: int) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
         """Give each metric [systems] of the data and [resamples, systems] of the resamples, seeds averaged."""
         _, seeds, classes, answers = self.observed.shape
         generator = np.random.default_rng([seed, 1])
         parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in METRICS}
-        for tables in resampled_tables(
-            self.columns, classes * answers, units=self.units, unit=self.unit, resamples=resamples, seed=seed
-        ):
+        for tables in resampled_tables(self.columns, classes * answers, units=self.units, unit=self.unit, resamples=resamples, seed=seed):
             drawn = metric_values(tables.reshape(len(tables), *self.observed.shape), self.present)
             weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(tables))[:, None, :]
             for name in METRICS:
@@ -279,9 +268,7 @@ class _Table:
                 total = np.where(defined, drawn[name] * weights, 0.0).sum(-1)
                 parts[name].append(_ratio(total, (defined * weights).sum(-1).astype(np.float64)))
         values = metric_values(self.observed, self.present)
-        return {name: values[name].mean(-1) for name in METRICS}, {
-            name: np.concatenate(parts[name]) for name in METRICS
-        }
+        return {name: values[name].mean(-1) for name in METRICS}, {name: np.concatenate(parts[name]) for name in METRICS}
 
 
 def _per_class(counts: NDArray[np.float64], classes: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -293,16 +280,12 @@ def _per_class(counts: NDArray[np.float64], classes: Sequence[str]) -> dict[str,
     }
     shares = {name: np.nan_to_num(column) for name, column in columns.items()}
     return {
-        label: {name: float(column[number]) for name, column in shares.items()} | {"support": float(support[number])}
-        for number, label in enumerate(classes)
+        label: {name: float(column[number]) for name, column in shares.items()} | {"support": float(support[number])} for number, label in enumerate(classes)
     }
 
 
 def _over_runs(runs: Sequence[Predictions], classes: Sequence[str]) -> dict[str, Any]:
     tables = np.stack([confusion_matrix(run.truth, run.predicted, len(classes)) for run in runs]).astype(np.float64)
     values = metric_values(tables, tables.sum(-1) > 0)
-    spread = {
-        name: {"mean": float(column.mean()), "sd": float(column.std(ddof=1)) if len(column) > 1 else 0.0}
-        for name, column in values.items()
-    }
+    spread = {name: {"mean": float(column.mean()), "sd": float(column.std(ddof=1)) if len(column) > 1 else 0.0} for name, column in values.items()}
     return {"seeds": len({run.seed for run in runs}), "splits": len({run.split for run in runs})} | spread

@@ -123,9 +123,7 @@ def _section(place: int, section: Section) -> str:
     told = [("Command", section.command), ("From", section.source)]
     origin = " · ".join(f"{word} <code>{escape(text)}</code>" for word, text in told if text)
     origin = f'<p class="source">{origin}</p>' if origin else ""
-    return (
-        f'<section id="s{place}"><h2>{escape(section.title)}</h2>\n{warning}{section.html}{notes}{origin}\n</section>'
-    )
+    return f'<section id="s{place}"><h2>{escape(section.title)}</h2>\n{warning}{section.html}{notes}{origin}\n</section>'
 
 
 def table(head: list[str], rows: list[list[str]], *, css: str = "") -> str:

@@ -67,25 +67,17 @@ def pool(runs: list[Predictions], classes: Sequence[str]) -> Predictions:
     Raises:
         DataError: as `check_labels`; also when an utterance is tested twice.
     """
-    ids = [
-        name
-        for run in runs
-        for name in (run.ids or [f"{run.split or 'row'} {row}" for row in range(np.size(run.truth))])
-    ]
+    ids = [name for run in runs for name in (run.ids or [f"{run.split or 'row'} {row}" for row in range(np.size(run.truth))])]
     speakers = [name for run in runs for name in (run.speakers or [""] * np.size(run.truth))]
     truth = np.concatenate([np.asarray(run.truth).ravel() for run in runs])
     predicted = np.concatenate([np.asarray(run.predicted).ravel() for run in runs])
     check_labels(truth, predicted, classes, ids)
     if len(speakers) != len(truth) or len(ids) != len(truth):
-        raise DataError(
-            f"{len(truth)} labels but {len(speakers)} speakers and {len(ids)} ids; give one of each per row"
-        )
+        raise DataError(f"{len(truth)} labels but {len(speakers)} speakers and {len(ids)} ids; give one of each per row")
     _, first = np.unique(np.asarray(ids, str), return_index=True)
     if len(first) != len(ids):
         again = np.setdiff1d(np.arange(len(ids)), first)
-        raise DataError(
-            f"{name_rows(again, ids)} tested twice under seed {runs[0].seed}; give repeated folds their own seed"
-        )
+        raise DataError(f"{name_rows(again, ids)} tested twice under seed {runs[0].seed}; give repeated folds their own seed")
     return Predictions(truth.astype(np.int64), predicted.astype(np.int64), ids, speakers, "", runs[0].seed)
 
 
@@ -99,13 +91,9 @@ def choose_unit(runs: list[Predictions], unit: Literal["auto"] | Unit) -> tuple[
     nameless = [(run, np.flatnonzero([not name for name in run.speakers])) for run in runs]
     unknown = next(((run, rows) for run, rows in nameless if len(rows)), None)
     if unit == "speaker" and unknown is not None:
-        raise DataError(
-            f"speaker unknown in {name_rows(unknown[1], unknown[0].ids)}; name the speakers or use unit=utterance"
-        )
+        raise DataError(f"speaker unknown in {name_rows(unknown[1], unknown[0].ids)}; name the speakers or use unit=utterance")
     if unit == "speaker" and len(names) == 1:
-        raise DataError(
-            f"all rows are by speaker {names.pop()}; an interval over speakers needs two or more, use unit=utterance"
-        )
+        raise DataError(f"all rows are by speaker {names.pop()}; an interval over speakers needs two or more, use unit=utterance")
     if unit == "utterance" or unknown is not None or len(names) == 1:
         reason = "by choice" if unit == "utterance" else "one speaker only" if unknown is None else "speakers unknown"
         return "utterance", [f"interval over utterances ({reason}): it says nothing about other speakers"]
@@ -123,17 +111,10 @@ def check_paired(first: list[Predictions], second: list[Predictions]) -> None:
     for one, other, which in ((runs[0], runs[1], "second"), (runs[1], runs[0], "first")):
         for split, seed in one:
             if (split, seed) not in other:
-                raise DataError(
-                    f"split '{split}', seed {seed}: missing from the {which} system; both need the same runs"
-                )
+                raise DataError(f"split '{split}', seed {seed}: missing from the {which} system; both need the same runs")
     for key, run in runs[0].items():
-        truth = [
-            dict(zip(side.ids or range(np.size(side.truth)), np.asarray(side.truth).ravel().tolist(), strict=True))
-            for side in (run, runs[1][key])
-        ]
+        truth = [dict(zip(side.ids or range(np.size(side.truth)), np.asarray(side.truth).ravel().tolist(), strict=True)) for side in (run, runs[1][key])]
         apart = [str(row) for row in {**truth[0], **truth[1]} if truth[0].get(row) != truth[1].get(row)]
         if apart:
             rows = name_rows(np.arange(len(apart)), apart)
-            raise DataError(
-                f"split '{key[0]}', seed {key[1]}: {rows} tested or labelled differently by the two systems"
-            )
+            raise DataError(f"split '{key[0]}', seed {key[1]}: {rows} tested or labelled differently by the two systems")

@@ -57,8 +57,7 @@ class Fold:
                 rows = np.union1d(parts[one], parts[other])
                 rows = rows[np.isin(who[rows], shared)]
                 raise DataError(
-                    f"fold {self.name}: {one} and {other} share {_names(shared.tolist())} in {name_rows(rows, ids)}; "
-                    "each speaker must be in one part"
+                    f"fold {self.name}: {one} and {other} share {_names(shared.tolist())} in {name_rows(rows, ids)}; each speaker must be in one part"
                 )
 
 
@@ -104,9 +103,7 @@ def make_folds(
         case "leave_one_speaker_out":
             return leave_one_speaker_out(speakers, ids=ids)
         case "official":
-            return [
-                official_split(_needed(splits, "split", protocol), speakers, shared_speakers=shared_speakers, ids=ids)
-            ]
+            return [official_split(_needed(splits, "split", protocol), speakers, shared_speakers=shared_speakers, ids=ids)]
         case "memobert_iemocap":
             return memobert_iemocap(speakers, _needed(sessions, "session", protocol), ids=ids)
         case "memobert_msp_improv":
@@ -114,9 +111,7 @@ def make_folds(
     raise ValueError(f"protocol: '{protocol}' is none of {', '.join(PROTOCOLS)}")
 
 
-def speaker_folds(
-    speakers: list[str], groups: list[str] | None, folds: int, seed: int, *, ids: Sequence[str] = ()
-) -> list[Fold]:
+def speaker_folds(speakers: list[str], groups: list[str] | None, folds: int, seed: int, *, ids: Sequence[str] = ()) -> list[Fold]:
     """Divide into folds of whole speakers: fold i tests part i, validates on part i + 1, trains on the rest.
 
     Parts are balanced greedily: the largest block of rows goes to the part with the fewest rows so far.
@@ -168,9 +163,7 @@ def leave_one_speaker_out(speakers: Sequence[str], *, ids: Sequence[str] = ()) -
     return [_fold(name, who == name, who == other, speakers, ids) for name, other in zip(names, after, strict=True)]
 
 
-def official_split(
-    splits: Sequence[str], speakers: Sequence[str] = (), *, shared_speakers: bool = False, ids: Sequence[str] = ()
-) -> Fold:
+def official_split(splits: Sequence[str], speakers: Sequence[str] = (), *, shared_speakers: bool = False, ids: Sequence[str] = ()) -> Fold:
     """Take the division that a corpus comes with (`train`, `validation` or `dev`, `test`).
 
     Args:
@@ -271,9 +264,7 @@ def choose_checkpoint(
     finite = {step: score for step, score in scores.items() if math.isfinite(score)}
     if not finite:
         part = "validation" if rule == "validation" else "test"
-        raise DataError(
-            f"no checkpoint has a finite {part} score ({len(scores)} seen); evaluate at least once before choosing"
-        )
+        raise DataError(f"no checkpoint has a finite {part} score ({len(scores)} seen); evaluate at least once before choosing")
     step = min(finite, key=lambda step: (-finite[step], step))
     flag = "Checkpoint chosen on test (rule “paper”): an oracle upper bound, not comparable with scores chosen on validation."
     return Choice(step, finite[step], rule, flag if rule == "paper" else None)
@@ -294,17 +285,13 @@ def _session_pairs(
         raise DataError(f"{len(who)} speakers but {len(where)} sessions; both need one per row")
     names = sorted(set(sessions))
     if len(names) != count:
-        raise DataError(
-            f"{len(names)} sessions ({', '.join(names[:8])}) where this protocol needs {count}; try speaker_folds"
-        )
+        raise DataError(f"{len(names)} sessions ({', '.join(names[:8])}) where this protocol needs {count}; try speaker_folds")
     folds = []
     for session in names:
         pair = sorted(set(who[where == session].tolist()), reverse=first_validates == "last")
         if len(pair) != 2:
             rows = name_rows(np.flatnonzero(where == session), ids)
-            raise DataError(
-                f"session {session} has {len(pair)} speakers ({', '.join(pair)}) in {rows}; this protocol needs two"
-            )
+            raise DataError(f"session {session} has {len(pair)} speakers ({', '.join(pair)}) in {rows}; this protocol needs two")
         for validation, test in (pair, pair[::-1]):
             number = str(len(folds) + 1)
             folds.append(_fold(number, who == test, who == validation, speakers, ids, where != session))

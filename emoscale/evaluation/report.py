@@ -90,9 +90,7 @@ def scores_section(
     for arm, scores in arms.items():
         row = [cell(arm, tag="th"), cell(f"{scores.utterances:,}".replace(",", "\u202f"), "num")]
         for name in METRICS:
-            row.append(
-                _with_interval(scores.intervals[name], best=len(arms) > 1 and getattr(scores, name) == best[name])
-            )
+            row.append(_with_interval(scores.intervals[name], best=len(arms) > 1 and getattr(scores, name) == best[name]))
         mean = scores.intervals["uar"]
         mark = interval_mark(mean.value, mean.low, mean.high, start=start, end=end)
         rows.append([*row, f'<td class="mark">{mark}</td>'])
@@ -105,13 +103,22 @@ def scores_section(
     return Section(title, html, command, source, tuple(_interval_notes(arms)), warning)
 
 
-def confusion_section(
-    arms: Mapping[str, Scores], *, command: str, source: str, title: str = "Confusion matrices"
-) -> Section:
+def confusion_section(arms: Mapping[str, Scores], *, command: str, source: str, title: str = "Confusion matrices") -> Section:
     """Show each arm's confusion matrix: share of the true class in percent as colour, counts beneath."""
     maps = "".join(f"<div><h3>{escape(arm)}</h3>{_heat(scores)}</div>" for arm, scores in arms.items())
     note = "Rows are the truth, columns the answers; percent of the row, so the diagonal is the recall of each class."
     return Section(title, f'<div class="maps">{maps}</div>', command, source, (note,))
+
+
+def classes_section(arms: Mapping[str, Scores], *, command: str, source: str, title: str = "By class") -> Section:
+    """Show the F1 of every class over all rows of all runs, one column per arm, as VL-KE-T5's Table II does."""
+    first = next(iter(arms.values()))
+    body = []
+    for name, counts in first.per_class.items():
+        row = [cell(name, tag="th"), cell(int(counts["support"]), "num")]
+        body.append([*row, *(cell(f"{100 * scores.per_class[name]['f1']:.1f}", "num") for scores in arms.values())])
+    head = [cell("Class", tag="th"), cell("Utterances", "num", tag="th"), *(cell(arm, "num", tag="th") for arm in arms)]
+    return Section(title, table(head, body), command, source, ('F1 in percent; of the whole, see WF1 (the paper\'s "All") and MF1 above.',))
 
 
 def speakers_section(
@@ -151,9 +158,7 @@ def speakers_section(
     return Section(title, html, command, source, (note,))
 
 
-def examples_section(
-    examples: Sequence[Example], *, command: str, source: str, title: str = "Examples", worst: int | None = None
-) -> Section:
+def examples_section(examples: Sequence[Example], *, command: str, source: str, title: str = "Examples", worst: int | None = None) -> Section:
     """Show utterances with their class probabilities; `worst` keeps those whose true class got the least."""
     chosen = list(examples)
     if worst is not None:
@@ -232,8 +237,7 @@ def _heat(scores: Scores) -> str:
 
 def _probabilities(probabilities: Mapping[str, float]) -> str:
     rows = [
-        [cell(name), cell(_percent(share), "num"), f"<td>{_bar(share)}</td>"]
-        for name, share in sorted(probabilities.items(), key=lambda item: -item[1])[:4]
+        [cell(name), cell(_percent(share), "num"), f"<td>{_bar(share)}</td>"] for name, share in sorted(probabilities.items(), key=lambda item: -item[1])[:4]
     ]
     return table([], rows, css="bars")
 

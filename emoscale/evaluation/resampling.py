@@ -53,9 +53,7 @@ class Column:
     """Number of the (truth, answer) cell."""
 
 
-def resampled_tables(
-    columns: list[Column], cells: int, *, units: int, unit: Unit, resamples: int, seed: int
-) -> Iterator[NDArray[np.float64]]:
+def resampled_tables(columns: list[Column], cells: int, *, units: int, unit: Unit, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
     """Give count tables [chunk, columns, cells] of bootstrap resamples; every column sees the same draws.
 
     Args:
@@ -77,9 +75,7 @@ def resampled_tables(
         yield (design.T @ weights.T).T.reshape(len(weights), len(columns), cells).astype(np.float64)
 
 
-def percentile_interval(
-    value: float, resampled: NDArray[np.float64], *, level: float, unit: Unit, units: int
-) -> Interval:
+def percentile_interval(value: float, resampled: NDArray[np.float64], *, level: float, unit: Unit, units: int) -> Interval:
     """Give the central `level` share of the resampled values; undefined resamples (no rows left) are left out."""
     tail = (1 - level) / 2
     low, high = np.nanquantile(resampled, [tail, 1 - tail])

@@ -44,8 +44,11 @@ class Classify(Head):
         self.classify = nn.Linear(2 * sizes.width, len(words))
         self.apply(initialise)
 
-    def logits(self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer) -> Float[Tensor, "b c"]:
-        """Score the classes of every utterance of the batch."""
+    def embed(self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer) -> Float[Tensor, "b d"]:
+        """Pool every utterance of the batch."""
         first = batch.cu_seqlens[:-1].to(torch.int64)
-        pooled = hidden.index_select(0, first) if self.pooling == "cls" else max_mean_pool(hidden, batch.cu_seqlens)
-        return self.classify(self.norm(functional.gelu(self.up(torch.tanh(self.pool(pooled))))))
+        return hidden.index_select(0, first) if self.pooling == "cls" else max_mean_pool(hidden, batch.cu_seqlens)
+
+    def score(self, embeddings: Float[Tensor, "b d"], backbone: UnifiedTransformer) -> Float[Tensor, "b c"]:
+        """See `Head.score`."""
+        return self.classify(self.norm(functional.gelu(self.up(torch.tanh(self.pool(embeddings))))))

@@ -45,7 +45,10 @@ class Concat(Head):
         self.classify = nn.Linear(2 * sizes.width, len(words))
         self.apply(initialise)
 
-    def logits(self, hidden: Aligned, targets: Targets, batch: Batch, backbone: BiEncoder) -> Float[Tensor, "b c"]:
-        """Score the classes of every utterance of the batch."""
-        both = torch.cat([hidden.text, hidden.picture], dim=-1) * (math.sqrt(backbone.width) if backbone.normalise else 1.0)
-        return self.classify(self.drop(both))
+    def embed(self, hidden: Aligned, targets: Targets, batch: Batch, backbone: BiEncoder) -> Float[Tensor, "b e"]:
+        """Join both embeddings of every utterance of the batch."""
+        return torch.cat([hidden.text, hidden.picture], dim=-1) * (math.sqrt(backbone.width) if backbone.normalise else 1.0)
+
+    def score(self, embeddings: Float[Tensor, "b e"], backbone: BiEncoder) -> Float[Tensor, "b c"]:
+        """See `Head.score`."""
+        return self.classify(self.drop(embeddings))

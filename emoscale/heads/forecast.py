@@ -49,7 +49,10 @@ class Forecast(Head):
         self.classify = nn.Linear(sizes.width, len(words))
         self.apply(initialise)
 
-    def logits(self, hidden: InContext, targets: Targets, batch: DialogueBatch, backbone: DialogueModel) -> Float[Tensor, "q c"]:
-        """Score the classes of every utterance to come."""
-        known = torch.cat([hidden.contexts[name].index_select(0, targets.rows) for name in ("text", "fused", "acoustic")], dim=-1)
-        return self.classify(torch.tanh(self.up(self.drop(known))))
+    def embed(self, hidden: InContext, targets: Targets, batch: DialogueBatch, backbone: DialogueModel) -> Float[Tensor, "q e"]:
+        """Join the contexts of every utterance to come."""
+        return torch.cat([hidden.contexts[name].index_select(0, targets.rows) for name in ("text", "fused", "acoustic")], dim=-1)
+
+    def score(self, embeddings: Float[Tensor, "q e"], backbone: DialogueModel) -> Float[Tensor, "q c"]:
+        """See `Head.score`."""
+        return self.classify(torch.tanh(self.up(self.drop(embeddings))))

@@ -40,15 +40,17 @@ class Prompt(Head):
         self.over = config.over
         self.head = WordHead(sizes.width, sizes.vocabulary)
 
-    def logits(self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer) -> Float[Tensor, "b c"]:
-        """Score the classes' words."""
-        return self._scores(hidden, targets, backbone).index_select(1, self.words)
+    def embed(self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer) -> Float[Tensor, "b d"]:
+        """Take what stands at the [MASK] of every prompt."""
+        return hidden.index_select(0, targets.rows)
 
-    def forward(
-        self, hidden: Float[Tensor, "t d"], targets: Targets, batch: Batch, backbone: UnifiedTransformer
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """See `Task.forward`; the values are class numbers."""
-        scores = self._scores(hidden, targets, backbone).float()
+    def score(self, embeddings: Float[Tensor, "b d"], backbone: UnifiedTransformer) -> Float[Tensor, "b c"]:
+        """Score the classes' words."""
+        return self._scores(embeddings, backbone).index_select(1, self.words)
+
+    def loss(self, embeddings: Float[Tensor, "b d"], targets: Targets, backbone: UnifiedTransformer) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """See `Head.loss`."""
+        scores = self._scores(embeddings, backbone).float()
         classes = scores.index_select(1, self.words)
         if self.over == "classes":
             loss = functional.cross_entropy(classes, targets.values, weight=self.class_weights.float(), reduction="sum")
@@ -57,5 +59,5 @@ class Prompt(Head):
             loss = (each * self.class_weights[targets.values]).sum()
         return loss, {"accuracy": (classes.argmax(-1) == targets.values).sum()}
 
-    def _scores(self, hidden: Float[Tensor, "t d"], targets: Targets, backbone: UnifiedTransformer) -> Float[Tensor, "b w"]:
-        return self.head(hidden.index_select(0, targets.rows), backbone.text.words.weight)
+    def _scores(self, embeddings: Float[Tensor, "b d"], backbone: UnifiedTransformer) -> Float[Tensor, "b w"]:
+        return self.head(embeddings, backbone.text.words.weight)

@@ -26,6 +26,7 @@ class Recurrent(Head):
 
     target = "forecast"
     of_dialogues = True
+    embeds_untrained = False
 
     @dataclass
     class Config(Forecast.Config):
@@ -43,8 +44,8 @@ class Recurrent(Head):
         backbone.requires_grad_(False)
         cast(DialogueModel, backbone).utterance.text.words.requires_grad_(True)
 
-    def logits(self, hidden: InContext, targets: Targets, batch: DialogueBatch, backbone: DialogueModel) -> Float[Tensor, "q c"]:
-        """Score the classes of every utterance to come."""
+    def embed(self, hidden: InContext, targets: Targets, batch: DialogueBatch, backbone: DialogueModel) -> Float[Tensor, "q d"]:
+        """Read the dialogue up to every utterance to come."""
         sequences, texts = batch.sequences, batch.utterances
         ends = sequences.cu_seqlens
         words = max_mean_pool(backbone.utterance.text.words(sequences.text), ends[: texts + 1])
@@ -52,4 +53,8 @@ class Recurrent(Head):
         utterances = self.drop(torch.cat([words, frames], dim=-1))
         states, _ = self.read(utterances[batch.places] * batch.valid[..., None])
         last = states[batch.windows, batch.positions - 1]
-        return self.classify(self.drop(last.index_select(0, targets.rows)))
+        return last.index_select(0, targets.rows)
+
+    def score(self, embeddings: Float[Tensor, "q d"], backbone: DialogueModel) -> Float[Tensor, "q c"]:
+        """See `Head.score`."""
+        return self.classify(self.drop(embeddings))

@@ -79,9 +79,7 @@ def _tool(name: str) -> str:
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: this build of Triton {triton.__version__} brings no {name}; take the wheel from PyPI"
-        )
+        raise FileNotFoundError(f"{path}: this build of Triton {triton.__version__} brings no {name}; take the wheel from PyPI")
     return str(path)
 
 
@@ -115,16 +113,12 @@ def compile_variant(variant: Variant) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         code = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
     opcodes = re.findall(r"^\s+(?:/\*[0-9a-f]+\*/)?\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, flags=re.MULTILINE)
     taken = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     counts = {name: sum(bool(re.match(opcode, found)) for found in opcodes) for name, opcode in INSTRUCTIONS.items()}
-    return Resources(
-        registers=taken["REG"], stack=taken["STACK"], shared=done.metadata.shared, instructions=len(opcodes), **counts
-    )
+    return Resources(registers=taken["REG"], stack=taken["STACK"], shared=done.metadata.shared, instructions=len(opcodes), **counts)
 
 
 def variants() -> Iterator[Variant]:

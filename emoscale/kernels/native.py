@@ -14,11 +14,7 @@ def _load() -> str | None:
         import emoscale._native  # noqa: F401  # loading registers torch.ops.emoscale
     except ImportError as error:
         built = "not built (`make native` builds csrc/)"
-        return (
-            built
-            if "_native" in str(error) and "cannot import" not in str(error) and ".so" not in str(error)
-            else f"cannot be loaded: {error}"
-        )
+        return built if "_native" in str(error) and "cannot import" not in str(error) and ".so" not in str(error) else f"cannot be loaded: {error}"
     return None
 
 

@@ -29,9 +29,7 @@ class Inputs:
     flags: Tensor
 
 
-def build(
-    masked: int, width: int, *, probabilities: bool, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
-) -> Inputs:
+def build(masked: int, width: int, *, probabilities: bool, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Inputs:
     """Draw scores, and targets in fp16 as they are stored: features, or the probabilities of a teacher."""
     random = torch.Generator().manual_seed(seed)
     frames = round(masked / MASKED)
@@ -93,9 +91,7 @@ def work(inputs: Inputs) -> tuple[float, float]:
     return float(2 * read + inputs.scores.nbytes), 6.0 * inputs.scores.numel()
 
 
-def measure(
-    op: Op, eager: Loss, inputs: Inputs, *, rounds: int = 5, threads: int | None = None, compiled: bool = True
-) -> dict[str, float]:
+def measure(op: Op, eager: Loss, inputs: Inputs, *, rounds: int = 5, threads: int | None = None, compiled: bool = True) -> dict[str, float]:
     """Give the median seconds of forward + backward per competitor, checked first."""
     run = competitors(op, eager, inputs, compiled=compiled)
     check(op, inputs, run)

@@ -12,16 +12,12 @@ import torch
 Step = Callable[[], Any]
 
 
-def medians(
-    run: Mapping[str, Step], *, device: torch.device | str = "cpu", rounds: int = 5, threads: int | None = None
-) -> dict[str, float]:
+def medians(run: Mapping[str, Step], *, device: torch.device | str = "cpu", rounds: int = 5, threads: int | None = None) -> dict[str, float]:
     """Give the median seconds of each step; see `samples`."""
     return {name: statistics.median(values) for name, values in samples(run, device=device, rounds=rounds, threads=threads).items()}
 
 
-def samples(
-    run: Mapping[str, Step], *, device: torch.device | str = "cpu", rounds: int = 5, threads: int | None = None
-) -> dict[str, list[float]]:
+def samples(run: Mapping[str, Step], *, device: torch.device | str = "cpu", rounds: int = 5, threads: int | None = None) -> dict[str, list[float]]:
     """Time every step once per round, one after the other, so that a slow moment of the machine meets all of them.
 
     Each timed run follows two of the same step: it finds caches and allocator as it left them itself.

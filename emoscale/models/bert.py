@@ -11,6 +11,7 @@ from torch import Tensor
 from emoscale.config import ConfigError, DataError
 from emoscale.models.embedders import LAYER_NORM_EPS
 from emoscale.models.unified import UnifiedTransformer
+from emoscale.records import refuse_kernels
 
 EMBEDDINGS = {
     "embeddings.word_embeddings.weight": "text.words.weight",
@@ -59,9 +60,10 @@ def read_bert(source: str, heads: int) -> dict[str, Tensor]:
         unlike = {name: shape[name] for name, value in LIKE_OURS.items() if shape.get(name, value) != value}
         if shape.get("num_attention_heads") != heads:
             unlike["num_attention_heads"] = shape.get("num_attention_heads")
+        refuse_kernels(shape, source)
         if unlike:
             raise ConfigError(f"model.init: {source} has {unlike}, this model {LIKE_OURS | {'num_attention_heads': heads}}; give a BERT id or folder")
-        model, report = cast(tuple[Any, Any], BertForMaskedLM.from_pretrained(source, output_loading_info=True))
+        model, report = cast(tuple[Any, Any], BertForMaskedLM.from_pretrained(source, output_loading_info=True, weights_only=True))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.init: {source} cannot be loaded ({' '.join(str(error).split())}); give a BERT id or folder") from error
     # What the checkpoint lacks is drawn at random by transformers: that is no weight of it.
@@ -82,8 +84,11 @@ def load_bert(model: UnifiedTransformer, weights: dict[str, Tensor]) -> list[str
         mapped |= _layer(weights, i)
     own = model.state_dict()
     wanted = [name for name in own if not name.startswith(("visual.", "acoustic.", "text_features."))]
-    wrong = [f"{name}: checkpoint has {tuple(mapped[name].shape) if name in mapped else 'nothing'}, model {tuple(own[name].shape)}"
-             for name in wanted if name not in mapped or mapped[name].shape != own[name].shape]
+    wrong = [
+        f"{name}: checkpoint has {tuple(mapped[name].shape) if name in mapped else 'nothing'}, model {tuple(own[name].shape)}"
+        for name in wanted
+        if name not in mapped or mapped[name].shape != own[name].shape
+    ]
     more = f"encoder.layer.{len(model.layers)}."
     wrong += [f"{name}: the model has {len(model.layers)} layers" for name in weights if name.startswith(more)]
     if wrong:
@@ -91,6 +96,30 @@ def load_bert(model: UnifiedTransformer, weights: dict[str, Tensor]) -> list[str
     model.load_state_dict(mapped, strict=False)
     used = {*EMBEDDINGS, *(name for name in weights if name.startswith("encoder.layer."))}
     return sorted(name for name in weights if name not in used)
+
+
+def to_bert(model: UnifiedTransformer) -> Any:
+    """Give the BERT of `transformers` that the text path is, without a pooler: the inverse of `load_bert`.
+
+    Its hidden states are those of an utterance that has words alone.
+    """
+    from transformers import BertConfig, BertModel
+
+    own, layers = model.state_dict(), len(model.layers)
+    table, ffn = own["text.words.weight"], own["layers.0.up.weight"] if layers else None
+    config = BertConfig(
+        vocab_size=len(table), hidden_size=model.width, num_hidden_layers=layers, num_attention_heads=model.heads, max_position_embeddings=len(own["text.positions.weight"]),
+        intermediate_size=4 * model.width if ffn is None else len(ffn), layer_norm_eps=LAYER_NORM_EPS,
+    )  # fmt: skip
+    bert = BertModel(config, add_pooling_layer=False)
+    weights = {theirs: own[ours] for theirs, ours in EMBEDDINGS.items()}
+    for i in range(layers):
+        for kind in ("weight", "bias"):
+            parts = own[f"layers.{i}.qkv.{kind}"].chunk(3)
+            weights |= {f"encoder.layer.{i}.attention.self.{name}.{kind}": part for name, part in zip(("query", "key", "value"), parts, strict=True)}
+            weights |= {f"encoder.layer.{i}.{theirs}.{kind}": own[f"layers.{i}.{ours}.{kind}"] for theirs, ours in LAYER.items()}
+    bert.load_state_dict(weights)
+    return bert
 
 
 def _layer(weights: dict[str, Tensor], i: int) -> dict[str, Tensor]:

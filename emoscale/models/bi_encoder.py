@@ -53,7 +53,8 @@ class BiEncoder(nn.Module):
         activation_checkpointing: bool = False, **rest: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.width, self.text_pooling, self.normalise = width, text_pooling, normalise
+        self.width, self.normalise = width, normalise
+        self.text_pooling: TextPooling = text_pooling
         self.text, self.picture = TextTower(text), PictureTower(picture, mean=mean, std=std, pooling=picture_pooling)
         self.text_out = nn.Linear(self.text.width, width)
         self.text_norm = nn.LayerNorm(width, eps=EPS)

@@ -43,7 +43,7 @@ class EncodersConfig:
     """A wav2vec2-like model, such as HuBERT, on a corpus that keeps voices raw (`preprocess.acoustic.encoder=waveform`)."""
     visual: TowerConfig = field(default_factory=TowerConfig)
     """An image encoder, such as ViT, on a corpus that keeps faces raw (`preprocess.visual.encoder=crops`, `side` as it takes them);
-    `system: bi_encoder`."""
+    `system: bi_encoder` and `response`."""
 
 
 @dataclass
@@ -68,6 +68,8 @@ class ModelConfig:
     """BERT (Hugging Face id or folder) or run folder of an earlier pre-training to start from; empty = random (normal, 0.02)."""
     activation_checkpointing: bool = False
     """Recompute each layer in backward instead of keeping its activations."""
+    freeze: list[str] = field(default_factory=list)
+    """Beginnings of names of parameters, as in `optim.factors`, that are not trained, such as `[backbone.text., backbone.layers.0.]`."""
     encoders: EncodersConfig = field(default_factory=EncodersConfig)
     """Hugging Face models that encode utterances instead (`system: tcmp`, `bi_encoder`)."""
     generator: TowerConfig = field(default_factory=lambda: TowerConfig(type="bart"))

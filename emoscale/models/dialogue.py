@@ -86,7 +86,12 @@ class DialogueEncoder(nn.Module):
         return InContext(utterances, contexts)
 
     def _contexts(
-        self, name: str, vectors: Float[Tensor, "u d"], places: Int[Tensor, "n l"], valid: Bool[Tensor, "n l"], windows: Int[Tensor, " q"],
+        self,
+        name: str,
+        vectors: Float[Tensor, "u d"],
+        places: Int[Tensor, "n l"],
+        valid: Bool[Tensor, "n l"],
+        windows: Int[Tensor, " q"],
         targets: Int[Tensor, " q"],
     ) -> Float[Tensor, "q d"]:
         laid_out = vectors[places] * valid[..., None]

@@ -25,7 +25,7 @@ class TextEmbedder(nn.Module):
 
     def forward(self, ids: Int[Tensor, " w"] | Float[Tensor, "w c"], positions: Int[Tensor, " w"]) -> Float[Tensor, "w d"]:
         """Embed the text tokens of a micro-batch: word pieces, or the share that each of the vocabulary has in a place."""
-        words = self.words(ids) if ids.ndim == 1 else ids @ self.words.weight
+        words = self.words(ids) if ids.ndim == 1 else ids.to(self.words.weight.dtype) @ self.words.weight
         return self.dropout(self.norm(words + self.positions(positions) + self.types(torch.zeros_like(positions))))
 
 

@@ -21,7 +21,7 @@ class PictureTower(nn.Module):
         config: of the model.
         mean, std: per colour, what its pictures are normalised with.
         pooling: how a picture becomes one vector: the state of the `first` token ([CLS]), the model's own `pooler` on top of it, or
-            the `mean` over all places, which is what models without a [CLS] have.
+            the `mean` over all places, which is what models without a [CLS] have (of ConvNeXt take the `pooler`: mean and LayerNorm).
 
     Raises:
         ValueError: the model has no pooler, though it is asked for.
@@ -34,19 +34,25 @@ class PictureTower(nn.Module):
         super().__init__()
         from transformers import AutoModel
 
-        self.model: Any = AutoModel.from_config(read_config(config))
+        self.model: Any = AutoModel.from_config(read_config(config), trust_remote_code=False)
         self.pooling = pooling
         pooler = getattr(self.model, "pooler", None)
         if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
             without_pooler(self.model)
-        if pooling == "pooler" and pooler is None:
-            raise ValueError(f"{self.model.config.model_type} has no pooler; take pair.picture_pooling=first or mean")
         for name, value in self.model.named_parameters():
             if name.endswith("mask_token"):  # stands for patches withheld, of which there are none: a part without a gradient
                 value.requires_grad_(False)
         self.width, self.side = width_of(self.model.config), side_of(self.model.config)
-        self.register_buffer("mean", torch.tensor(list(mean)).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(list(std)).view(1, 3, 1, 1), persistent=False)
+        if pooling == "pooler" and not self._pools():
+            raise ValueError(f"{self.model.config.model_type} has no pooler; take pair.picture_pooling=first or mean")
+        self._colours = {"mean": list(mean), "std": list(std)}
+        for name, value in self._colours.items():
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+
+    def restore(self) -> None:
+        """Write the constants again, which no checkpoint holds: `from_pretrained` of transformers 5 leaves their memory as it found it."""
+        for name, value in self._colours.items():
+            getattr(self, name).copy_(torch.tensor(value).view(1, 3, 1, 1))
 
     def forward(self, pictures: Float[Tensor, "b p"]) -> Float[Tensor, "b d"]:
         """Give one vector per picture, of the numbers of square RGB pictures in 0 … 1, row by row.
@@ -64,6 +70,13 @@ class PictureTower(nn.Module):
         if hidden.dim() == 4:
             hidden = hidden.flatten(2).transpose(1, 2)  # [b, d, height, width] of convolutions → [b, n, d]
         return hidden[:, 0] if self.pooling == "first" else hidden.mean(1)
+
+    @torch.no_grad()
+    def _pools(self) -> bool:
+        """Whether the model gives a pooled vector; some have no module for it, such as ConvNeXt, whose last LayerNorm serves it alone."""
+        found = self.model.eval()(pixel_values=torch.zeros(1, 3, self.side, self.side))
+        self.model.train()
+        return getattr(found, "pooler_output", None) is not None
 
 
 def width_of(config: Any) -> int:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from emoscale.records import refuse_kernels
+
 PARTS = 4
 """Forward passes over sequences of like length, always as many: under ZeRO-3 every pass gathers the weights from all ranks."""
 EPS = 1e-7
@@ -78,7 +80,7 @@ class TextTower(nn.Module):
         super().__init__()
         from transformers import AutoModelForTextEncoding
 
-        self.model: Any = AutoModelForTextEncoding.from_config(read_config(config))
+        self.model: Any = AutoModelForTextEncoding.from_config(read_config(config), trust_remote_code=False)
         without_pooler(self.model)
         self.width = int(self.model.config.hidden_size)
 
@@ -93,6 +95,7 @@ class TextTower(nn.Module):
 
     def forward(self, ids: Int[Tensor, " w"], lengths: Sequence[int]) -> Float[Tensor, "w d"]:
         """Give the hidden state of every token of texts that lie behind one another."""
+
         def encode(texts: list[Tensor]) -> Tensor:
             padded, real = padded_together(texts)
             return self.model(input_ids=padded, attention_mask=real.long()).last_hidden_state
@@ -118,7 +121,7 @@ class VoiceTower(nn.Module):
 
         # Dropped layers and masked spans differ between ranks, and a part that no rank uses cannot be trained.
         known = read_config(config | {"layerdrop": 0.0, "mask_time_prob": 0.0, "mask_feature_prob": 0.0})
-        self.model: Any = AutoModel.from_config(known)
+        self.model: Any = AutoModel.from_config(known, trust_remote_code=False)
         if not all(hasattr(self.model, part) for part in ("feature_extractor", "feature_projection", "encoder")):
             raise ValueError(f"{known.model_type} is no wav2vec2-like model; take wav2vec2, hubert, wavlm or data2vec-audio")
         if getattr(self.model, "adapter", None) is not None:
@@ -152,6 +155,7 @@ class VoiceTower(nn.Module):
             mean, deviation = _moments(waves, sounding, EPS)
             waves = (waves - mean) / deviation * sounding
         waves = functional.pad(waves, (0, self.receptive - self.hop))
+        waves = waves.to(next(self.model.feature_extractor.parameters()).dtype)  # weights in bf16 take no samples in fp32
         for norm in self.norms:
             norm.frames = (real.sum(1) * self.hop + self.receptive - self.hop - self.kernel) // self.stride + 1
         projected = self.model.feature_projection(self.model.feature_extractor(waves).transpose(1, 2))
@@ -167,8 +171,9 @@ class NormOverTime(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each channel by its mean and deviation over time."""
         real = torch.arange(input.shape[-1], device=input.device) < self.frames[:, None, None]
-        mean, deviation = _moments(input, real, self.eps)
-        return (input - mean) / deviation * self.weight[:, None] + self.bias[:, None]
+        exact = input.float()
+        mean, deviation = _moments(exact, real, self.eps)
+        return ((exact - mean) / deviation * self.weight[:, None] + self.bias[:, None]).to(input.dtype)
 
 
 def _moments(x: Tensor, real: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -195,6 +200,7 @@ def read_config(config: dict[str, Any]) -> Any:
     """Give the `transformers` configuration that `described` made a dictionary of."""
     from transformers import AutoConfig
 
+    refuse_kernels(config, "model")
     return AutoConfig.for_model(**config)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from emoscale.data.turns import TurnBatch
+from emoscale.models.pictures import PicturePooling, PictureTower
 from emoscale.models.pretrained import read_config
 from emoscale.models.unified import initialise
 
@@ -31,13 +34,16 @@ class Read:
 class ResponseModel(nn.Module):
     """A BART-like model of `transformers` over `[IMG] picture … picture, turns`, through `inputs_embeds`.
 
-    A picture is a linear map of its features. Every place has the model's own position (in the released code all pictures read the
+    A picture is a linear map of its features, or of what an image encoder makes of it. Every place has the model's own position (in the released code all pictures read the
     row of padding), a kind, and the number of turns until the response, which puts a picture beside the words it was shown with.
 
     Args:
         generator: configuration, as `transformers` writes it to config.json.
         visual_width: features of a picture.
         turns: turns of a sample at most, the response included.
+        picture: configuration of an image encoder that sees the pictures themselves, trained with the rest; None = features are given.
+        mean, std, picture_pooling: see `PictureTower`.
+        activation_checkpointing: recompute layers in backward instead of keeping what they computed.
         rest: what else describes a model, not used here.
 
     Raises:
@@ -46,22 +52,31 @@ class ResponseModel(nn.Module):
     Source: Tian et al. 2022 (IgERG), and its released code.
     """
 
-    def __init__(self, *, generator: dict[str, Any], visual_width: int, turns: int, **rest: Any) -> None:
+    def __init__(
+        self, *, generator: dict[str, Any], visual_width: int, turns: int, picture: dict[str, Any] | None = None, mean: Sequence[float] = (), std: Sequence[float] = (),
+        picture_pooling: PicturePooling = "first", activation_checkpointing: bool = False, **rest: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         from transformers import AutoModelForSeq2SeqLM
 
         # Dropped layers differ between ranks, and a part that no rank uses cannot be trained.
-        self.model: Any = AutoModelForSeq2SeqLM.from_config(read_config(generator | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}))
+        self.model: Any = AutoModelForSeq2SeqLM.from_config(
+            read_config(generator | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}), trust_remote_code=False
+        )
         if not hasattr(self.model, "final_logits_bias"):
             raise ValueError(f"{self.model.config.model_type} is no BART-like model; take bart, mbart, pegasus or blenderbot")
         self.width = int(self.model.config.d_model)
-        self.picture = nn.Linear(visual_width, self.width)
+        self.tower = PictureTower(picture, mean=mean, std=std, pooling=picture_pooling) if picture else None
+        self.picture = nn.Linear(self.tower.width if self.tower else visual_width, self.width)
         self.mark = nn.Embedding(1, self.width)
         self.kinds = nn.Embedding(2, self.width)
         self.turns = nn.Embedding(turns, self.width)
         for part in (self.picture, self.mark, self.kinds, self.turns):
             part.apply(initialise)
         self.tie()
+        if activation_checkpointing:
+            for part in (self.model, self.tower.model) if self.tower else (self.model,):
+                part.gradient_checkpointing_enable({"use_reentrant": False})
         self.register_state_dict_post_hook(_without_copies)
         self.register_load_state_dict_pre_hook(_with_copies)
 
@@ -96,11 +111,24 @@ class ResponseModel(nn.Module):
         Unlike `respond` it takes as many steps whatever is said, so that ranks stay in step where parameters are shared out.
         """
         pieces, cache = batch.answers[:, :1], None
-        for _ in range(length):
-            out = self._decoded(read, batch, input_ids=pieces[:, -1:], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            pieces = torch.cat([pieces, self.scores(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)], dim=1)
+        with self._kept():
+            for _ in range(length):
+                out = self._decoded(read, batch, input_ids=pieces[:, -1:], past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                pieces = torch.cat([pieces, self.scores(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)], dim=1)
         return pieces
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Keep what layers compute: `transformers` lets go of keys and values where they are to be recomputed."""
+        recomputed = [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
+        for module in recomputed:
+            module.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            for module in recomputed:
+                module.gradient_checkpointing = True
 
     @property
     def end(self) -> int:
@@ -119,7 +147,7 @@ class ResponseModel(nn.Module):
     def embed(self, batch: TurnBatch) -> Float[Tensor, "n s d"]:
         """Give what the encoder is given: every part runs in every call, on zero rows where there is nothing of it."""
         words = self.model.get_input_embeddings()(batch.text) + self._kind(batch.text, TEXT) + self.turns(batch.text_turns)
-        pictures = self.picture(batch.pictures.to(words.dtype)) + self._kind(batch.picture_turns, PICTURE) + self.turns(batch.picture_turns)
+        pictures = self.picture(self._seen(batch.pictures.to(words.dtype))) + self._kind(batch.picture_turns, PICTURE) + self.turns(batch.picture_turns)
         marks = self.mark(torch.zeros_like(batch.marks)) + self._kind(batch.marks, PICTURE)
         rows = torch.cat([batch.marks, batch.picture_rows, batch.text_rows])
         table = words.new_zeros(batch.valid.numel(), self.width).index_copy(0, rows, torch.cat([marks, pictures, words]))
@@ -145,6 +173,13 @@ class ResponseModel(nn.Module):
 
         encoded = BaseModelOutput(last_hidden_state=self.encode(batch))  # type: ignore[arg-type]  # a Tensor is its FloatTensor
         return self.model.generate(encoder_outputs=encoded, attention_mask=batch.valid.long(), **decoding)
+
+    def _seen(self, pictures: Float[Tensor, "p e"]) -> Float[Tensor, "p f"]:
+        """Give what the image encoder makes of pictures; of none, by an empty one that is left out again, so that it runs on every rank."""
+        if self.tower is None:
+            return pictures
+        shown = pictures if len(pictures) else pictures.new_zeros(1, pictures.shape[1])
+        return self.tower(shown)[: len(pictures)]
 
     def _kind(self, like: Int[Tensor, " m"], kind: int) -> Float[Tensor, "m d"]:
         return self.kinds(torch.full_like(like, kind))

@@ -66,12 +66,10 @@ class TaskModel(nn.Module):
         read: gives what the tasks read of a batch; empty = `encode`.
     """
 
-    def __init__(
-        self, backbone: Any, tasks: dict[str, Task], weights: dict[str, float], read: Callable[[Any, Any], Any] | None = None
-    ) -> None:
+    def __init__(self, backbone: Any, tasks: dict[str, Task], weights: dict[str, float], read: Callable[[Any, Any], Any] | None = None) -> None:
         super().__init__()
         self.backbone = backbone
-        self.read = read or encode
+        self.read: Callable[[Any, Any], Any] = read or encode
         self.tasks = nn.ModuleDict(tasks)
         self.weights = weights
 

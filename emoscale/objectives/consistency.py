@@ -39,9 +39,7 @@ class Consistency(DialogueObjective):
         self.over_all_ranks = config.form == "global"
         self.log_scale = nn.Parameter(torch.tensor([-math.log(TEMPERATURE)])) if config.form != "printed" else None
 
-    def forward(
-        self, hidden: InContext, targets: Targets, batch: DialogueBatch, backbone: DialogueModel
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def forward(self, hidden: InContext, targets: Targets, batch: DialogueBatch, backbone: DialogueModel) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """See `Task.forward`; the rows are utterances with both text and voice."""
         text, voice = (hidden.utterances[name].index_select(0, targets.rows) for name in ("text", "acoustic"))
         if self.log_scale is not None:

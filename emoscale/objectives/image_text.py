@@ -58,10 +58,14 @@ class ImageText(Task):
         start = torch.tensor([-math.log(config.temperature)])
         self.log_scale = nn.Parameter(start, requires_grad=config.learned)
 
+    def scale(self) -> Float[Tensor, "1"]:
+        """Give what scores are multiplied by."""
+        return self.log_scale.exp().clamp(max=HIGHEST_SCALE)
+
     def forward(self, hidden: Aligned, targets: Targets, batch: PairBatch, backbone: BiEncoder) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """See `Task.forward`; the rows are pairs."""
         text, picture = hidden.text.index_select(0, targets.rows), hidden.picture.index_select(0, targets.values)
-        scale = self.log_scale.exp().clamp(max=HIGHEST_SCALE)
+        scale = self.scale()
         told = {"logit_scale": scale.detach()[0] * targets.count}
         if self.over_all_ranks:
             return info_nce(text, picture, scale, label_smoothing=self.label_smoothing), told

@@ -63,9 +63,7 @@ class TargetSearch(DialogueObjective):
         self.over_all_ranks = config.form == "global"
         self.log_scale = nn.Parameter(torch.tensor([-math.log(TEMPERATURE)])) if self.over_all_ranks else None
 
-    def forward(
-        self, hidden: InContext, targets: Targets, batch: DialogueBatch, backbone: DialogueModel
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def forward(self, hidden: InContext, targets: Targets, batch: DialogueBatch, backbone: DialogueModel) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """See `Task.forward`; the values are rows of the utterances, [m, k], the target first."""
         contexts, utterances = hidden.contexts[self.modality].index_select(0, targets.rows), hidden.utterances[self.modality]
         with torch.no_grad():
@@ -75,7 +73,7 @@ class TargetSearch(DialogueObjective):
             target = utterances.index_select(0, targets.values[:, 0])
             scale = self.log_scale.exp().clamp(max=HIGHEST_SCALE)
             return info_nce(functional.normalize(contexts, dim=-1), functional.normalize(target, dim=-1), scale), found
-        return candidate_loss(contexts, utterances, targets.values, form=self.form) * targets.count, found
+        return candidate_loss(contexts, utterances, targets.values, form=self.form) * targets.count, found  # type: ignore[arg-type]  # global has returned
 
 
 class TextSearch(TargetSearch):

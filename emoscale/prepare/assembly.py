@@ -16,6 +16,7 @@ from typing import Any
 
 from emoscale.batch import RAW, Utterance
 from emoscale.config import DataError, to_dict
+from emoscale.forms import Row
 from emoscale.prepare import vocabulary
 from emoscale.prepare.extract import MAX_TEXT_FEATURES, PRECOMPUTED, Extractor, PreprocessConfig
 from emoscale.prepare.parts import ARRAYS, PARTS, Head, PartStore
@@ -38,11 +39,13 @@ from emoscale.prepare.shards import (
 from emoscale.prepare.sources import Source
 from emoscale.prepare.teacher import teacher_sha256
 from emoscale.prepare.vocabulary import TextConfig
+from emoscale.records import check, read_json, read_lines
 
 DROPPED = "dropped.json"
 ASSEMBLED = "assembled-{}.json"
 """What a generation was made of, by its number: enough to add to it."""
 FRESH = ".assembly"
+ANEW = "remove it, and the corpus is made anew"
 
 
 def assemble(
@@ -78,16 +81,13 @@ def assemble(
     """
     waiting = [item for item in sources if item.name not in heads]
     if waiting:
-        raise DataError(
-            f"{len(waiting)} of {len(sources)} inputs are not extracted yet, "
-            f"first {waiting[0].shown}; run without stage=assemble"
-        )
+        raise DataError(f"{len(waiting)} of {len(sources)} inputs are not extracted yet, first {waiting[0].shown}; run without stage=assemble")
     done = [item.name for item in sources if heads[item.name].row["status"] == "done"]
     keys = {name: heads[name].key for name in done}
     settings = _hashed([SCHEMA, to_dict(text), sorted(require), shard_bytes])
     inputs = _hashed([settings, list(keys.items())])
     before = previous_manifest(store.folder)
-    if before is not None and before["inputs_sha256"] == inputs and (store.folder / MANIFEST).exists():
+    if before is not None and before.get("inputs_sha256") == inputs and (store.folder / MANIFEST).exists():
         _write_ledger(sources, heads, store, _read_dropped(store))
         return before
     _write_ledger(sources, heads, store, {})
@@ -102,9 +102,7 @@ def assemble(
     shards = write_shards(_kept(names, store, require, dropped), frame["widths"], fresh, shard_bytes, statistics, raw)
     if not statistics.counts["utterances"]:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise DataError(
-            f"{store.folder}: no utterance is left of {len(sources)} inputs; {store.folder / LEDGER} says why"
-        )
+        raise DataError(f"{store.folder}: no utterance is left of {len(sources)} inputs; {store.folder / LEDGER} says why")
     statistics.counts["files"] = len(done)
     generation = 1 if before is None else before["generation"] + 1
     if earlier is None or before is None:
@@ -129,9 +127,7 @@ def assemble(
     return manifest
 
 
-def _stands(
-    store: PartStore, before: dict[str, Any], settings: str, keys: dict[str, str], frame: dict[str, Any]
-) -> dict[str, Any] | None:
+def _stands(store: PartStore, before: dict[str, Any], settings: str, keys: dict[str, str], frame: dict[str, Any]) -> dict[str, Any] | None:
     """Give what is known of the corpus that stands here, if its shards can stay and new ones come behind them; else None.
 
     That needs every input it was made of, unchanged, the same settings and encoders, and its files.
@@ -139,7 +135,7 @@ def _stands(
     path = _record(store, before["generation"])
     if not path.is_file() or not (store.folder / MANIFEST).is_file() or not (store.folder / INDEX).is_file():
         return None
-    earlier = json.loads(path.read_text())
+    earlier: Any = read_json(path, dict[str, Any], ANEW)
     alike = all(frame.get(name, {}).items() <= before.get(name, {}).items() for name in ("acoustic", "visual", "text_features"))
     same = earlier["settings"] == settings and earlier["widths"] == frame["widths"] and before["visual_emotion"] == frame["visual_emotion"]
     kept = earlier["keys"].items() <= keys.items()
@@ -158,14 +154,13 @@ def _hashed(value: Any) -> str:
 def notes_of(ledger: Path) -> dict[str, int]:
     """Sum the notes of a ledger."""
     total: Counter[str] = Counter()
-    for line in ledger.read_text(encoding="utf-8").splitlines():
-        total.update({name: count for name, count in json.loads(line)["notes"].items() if isinstance(count, int)})
+    for number, line in read_lines(ledger):
+        row: Any = check(line, Row, f"{ledger}, line {number}", "run `emoscale prepare` again")
+        total.update({name: count for name, count in (row.get("notes") or {}).items() if isinstance(count, int)})
     return dict(sorted(total.items()))
 
 
-def _kept(
-    names: list[str], store: PartStore, require: list[str], dropped: dict[str, Counter[str]]
-) -> Iterator[Utterance]:
+def _kept(names: list[str], store: PartStore, require: list[str], dropped: dict[str, Counter[str]]) -> Iterator[Utterance]:
     """Give the utterances of all parts; those without a required modality are counted in `dropped`."""
     for name in names:
         for utterance in store.utterances(name):
@@ -194,9 +189,7 @@ def _frame(heads: dict[str, Head], preprocess: PreprocessConfig, teacher: Path |
         common = described[0] if described else Extractor(preprocess, teacher).describe()
     odd = next((name for name, head in heads.items() if head.encoders not in ({}, common)), None)
     if odd is not None:
-        raise DataError(
-            f"{odd}: was made with other encoders than the rest; remove {PARTS} in the corpus and run again"
-        )
+        raise DataError(f"{odd}: was made with other encoders than the rest; remove {PARTS} in the corpus and run again")
     emotion = {"classes": common["classes"], "teacher_sha256": teacher_sha256(teacher) if teacher else None}
     return {
         "widths": {
@@ -208,16 +201,10 @@ def _frame(heads: dict[str, Head], preprocess: PreprocessConfig, teacher: Path |
         "acoustic": common["acoustic"],
         "visual": common["visual"],
         "visual_emotion": emotion if common["classes"] else None,
-    } | (
-        {"text_features": {"encoder": {"name": PRECOMPUTED, "revision": ""}, "width": widths["text_features"]}}
-        if widths["text_features"]
-        else {}
-    )
+    } | ({"text_features": {"encoder": {"name": PRECOMPUTED, "revision": ""}, "width": widths["text_features"]}} if widths["text_features"] else {})
 
 
-def _manifest(
-    frame: dict[str, Any], statistics: Statistics, shards: list[dict[str, Any]], preprocess: PreprocessConfig
-) -> dict[str, Any]:
+def _manifest(frame: dict[str, Any], statistics: Statistics, shards: list[dict[str, Any]], preprocess: PreprocessConfig) -> dict[str, Any]:
     limits = {"acoustic": preprocess.acoustic.max_frames, "visual": preprocess.visual.max_frames}
     if "text_features" in frame:
         limits["text_features"] = MAX_TEXT_FEATURES
@@ -230,9 +217,7 @@ def _manifest(
     return manifest | {"visual_emotion": frame["visual_emotion"], "preprocess": to_dict(preprocess), "shards": shards}
 
 
-def _tokenizer(
-    text: TextConfig, before: dict[str, Any] | None, store: PartStore, names: list[str], fresh: Path
-) -> dict[str, Any] | None:
+def _tokenizer(text: TextConfig, before: dict[str, Any] | None, store: PartStore, names: list[str], fresh: Path) -> dict[str, Any] | None:
     """Build the tokenizer, or keep the one of the corpus before: models were trained on its token ids."""
     if not text.tokenizer:
         return None
@@ -245,9 +230,7 @@ def _tokenizer(
     return vocabulary.build(texts, text, fresh / TOKENIZER)
 
 
-def _write_ledger(
-    sources: list[Source], heads: dict[str, Head], store: PartStore, dropped: dict[str, Counter[str]]
-) -> None:
+def _write_ledger(sources: list[Source], heads: dict[str, Head], store: PartStore, dropped: dict[str, Counter[str]]) -> None:
     rows = []
     for item in sources:
         row = heads[item.name].row
@@ -258,4 +241,4 @@ def _write_ledger(
 
 def _read_dropped(store: PartStore) -> dict[str, Counter[str]]:
     path = store.folder / PARTS / DROPPED
-    return {name: Counter(counts) for name, counts in json.loads(path.read_text()).items()} if path.is_file() else {}
+    return {name: Counter(counts) for name, counts in read_json(path, dict[str, dict[str, int]], ANEW).items()} if path.is_file() else {}

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from emoscale.config import DataError, EmoscaleError
 
@@ -39,11 +40,11 @@ VIDEO_SUFFIXES = frozenset(
         ".wmv",
     }
 )
-AUDIO_SUFFIXES = frozenset(
-    {".aac", ".ac3", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma"}
-)
+AUDIO_SUFFIXES = frozenset({".aac", ".ac3", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma"})
 TEXT_CODECS = frozenset({"ass", "mov_text", "srt", "ssa", "subrip", "text", "ttml", "webvtt"})
 """Embedded subtitles that are text; the others are pictures of text."""
+MAX_BAD_PACKETS = 50
+"""Packets of one stream that may fail to decode before the file counts as unreadable."""
 TRUNCATED_S = 1.0
 """A stream that ends this much before its declared end is cut off."""
 DECLARED_LENGTH = ("mov", "matroska", "avi", "wav", "flac")
@@ -83,9 +84,7 @@ def probe(path: Path) -> Media:
         if video is None and audio is None:
             raise DataError(f"{path}: holds neither pictures nor sound")
         _check_end(container, [s for s in (video, audio) if s is not None], path)
-        text = [
-            s.index for s in streams.subtitles if s.codec_context is not None and s.codec_context.name in TEXT_CODECS
-        ]
+        text = [s.index for s in streams.subtitles if s.codec_context is not None and s.codec_context.name in TEXT_CODECS]
         return Media(
             path=path,
             duration=(container.duration or 0) / av.time_base,
@@ -174,3 +173,59 @@ def open_container(path: Path) -> Any:
 def reason(error: Exception) -> str:
     """Say what FFmpeg says, without the numbers around it."""
     return getattr(error, "strerror", None) or str(error)
+
+
+class Stream:
+    """One stream of one file, decoded forwards; closed with the `with` block around it or with the object."""
+
+    def __init__(self, media: Media, index: int | None, threads: int) -> None:
+        if index is None:
+            raise ValueError(f"{media.path}: has no such stream")
+        self.media = media
+        self._index, self._threads, self._bad = index, threads, 0
+        self._open()
+
+    def _open(self) -> None:
+        self._container: Any = open_container(self.media.path)
+        self._stream: Any = self._container.streams[self._index]
+        if self._stream.codec_context is None:
+            self.close()
+            raise DataError(f"{self.media.path}: stream {self._index} is in no format that FFmpeg decodes here")
+        self._stream.thread_type = "AUTO"
+        self._tick = float(self._stream.time_base)
+        self._stream.codec_context.thread_count = self._threads
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._container.close()
+
+    def _seek(self, time: float) -> None:
+        stamp = int((time + self.media.origin) / self._stream.time_base)
+        try:
+            self._container.seek(stamp, stream=self._stream, backward=True)
+        except FFmpegError as error:
+            raise DataError(f"{self.media.path}: cannot be read from {time:.2f} s on ({reason(error)})") from error
+
+    def _packets(self) -> Iterator[Any]:
+        return self._container.demux(self._stream)
+
+    def _decoded(self) -> Iterator[Any]:
+        """Decode from here to the end; a few broken packets are passed over, as a player does."""
+        try:
+            for packet in self._packets():
+                try:
+                    yield from packet.decode()
+                except InvalidDataError as error:
+                    self._bad += 1
+                    if self._bad > MAX_BAD_PACKETS:
+                        raise DataError(f"{self.media.path}: more than {MAX_BAD_PACKETS} packets do not decode ({error})") from error
+        except EOFError:
+            return
+        except (FFmpegError, IndexError) as error:  # PyAV finds no stream for a packet of one that appears midway
+            raise DataError(f"{self.media.path}: stops being readable ({reason(error)})") from error

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from emoscale.batch import RAW, Utterance
+from emoscale.clock import stage
 from emoscale.codecs import count_faces
 from emoscale.config import DataError, from_mapping
-from emoscale.prepare import media, subtitles
+from emoscale.forms import Making
+from emoscale.prepare import media, sound, subtitles
 from emoscale.prepare.container import Media, probe, subtitle_packets
 from emoscale.prepare.faces import FacesConfig, Track, find_tracks, make_detector
 from emoscale.prepare.features import (
@@ -31,6 +33,7 @@ from emoscale.prepare.recorded import read_picture
 from emoscale.prepare.sources import FEATURES, Row, Source, read_features
 from emoscale.prepare.speakers import SpeakersConfig, choose_speaker
 from emoscale.prepare.subtitles import Cue, SubtitleConfig
+from emoscale.records import check
 
 TEACHER_FOLDER = "teacher"
 SILENCE = 1e-4
@@ -98,38 +101,30 @@ class Extractor:
             manifest: `manifest.json` of the corpus, or the copy that a model keeps.
             folder: where its `teacher/` lies.
         """
+        check(manifest, Making, folder, "prepare the corpus, or export the model, again")
         config = from_mapping(PreprocessConfig, manifest["preprocess"], "preprocess")
-        if (
-            manifest.get("text_features")
-            or manifest["acoustic"]["encoder"]["name"] == PRECOMPUTED
-            or manifest["visual"]["encoder"]["name"] == PRECOMPUTED
-        ):
-            raise DataError(
-                f"{folder}: its features were computed elsewhere; media cannot be turned into the same ones"
-            )
+        if manifest.get("text_features") or manifest["acoustic"]["encoder"]["name"] == PRECOMPUTED or manifest["visual"]["encoder"]["name"] == PRECOMPUTED:
+            raise DataError(f"{folder}: its features were computed elsewhere; media cannot be turned into the same ones")
         teacher = folder / TEACHER_FOLDER
         if manifest["visual_emotion"] is not None and not teacher.is_dir():
-            raise DataError(
-                f"{teacher}: the expression teacher of this corpus is missing; copy it from the prepared corpus"
-            )
+            raise DataError(f"{teacher}: the expression teacher of this corpus is missing; copy it from the prepared corpus")
         extractor = cls(config, teacher if teacher.is_dir() else None)
         for modality, encoder in (("acoustic", extractor.acoustic), ("visual", extractor.visual)):
             if encoder.width != manifest[modality]["width"]:
-                raise DataError(
-                    f"{folder}: the {modality} encoder {encoder.name} gives {encoder.width} values, "
-                    f"the corpus has {manifest[modality]['width']}"
-                )
+                raise DataError(f"{folder}: the {modality} encoder {encoder.name} gives {encoder.width} values, the corpus has {manifest[modality]['width']}")
         return extractor
 
     @functools.cached_property
     def acoustic(self) -> AcousticEncoder:
         """The encoder of the voice."""
-        return make_acoustic(self.config.acoustic)
+        with stage("start-up"):
+            return make_acoustic(self.config.acoustic)
 
     @functools.cached_property
     def visual(self) -> VisualEncoder:
         """The encoder of the face."""
-        return make_visual(self.config.visual, self.teacher)
+        with stage("start-up"):
+            return make_visual(self.config.visual, self.teacher)
 
     def describe(self) -> dict[str, Any]:
         """Say what the manifest states about the encoders."""
@@ -151,9 +146,23 @@ class Extractor:
             "classes": list(face.classes),
         }
 
+    def load(self, *, speech: bool) -> None:
+        """Load what media are looked at and listened to with, and try it once, so that no input waits for it.
+
+        Args:
+            speech: whether utterances are cut by speech detection.
+        """
+        side = self.config.faces.crop_size
+        self.acoustic.encode(np.zeros(sound.RATE, np.float32))
+        self.visual.encode(np.zeros((1, side, side, 3), np.uint8))
+        self._detector.detect(np.zeros((4 * side, 4 * side, 3), np.uint8))
+        if speech:
+            subtitles.load_speech_detector()
+
     @functools.cached_property
     def _detector(self) -> Any:
-        return make_detector(self.config.faces)
+        with stage("start-up"):
+            return make_detector(self.config.faces)
 
     def extract(self, source: Source) -> tuple[list[Utterance], dict[str, Any]]:
         """Give the utterances of one input, in order, and its row of the ledger.
@@ -190,10 +199,7 @@ class Extractor:
 
     def _drafts(self, source: Source, reader: _Readers, notes: Counter[str]) -> list[_Draft]:
         if source.rows is not None:
-            return [
-                _Draft(_from_row(source, number, row, reader.duration), row.features, row.picture)
-                for number, row in enumerate(source.rows)
-            ]
+            return [_Draft(_from_row(source, number, row, reader.duration), row.features, row.picture) for number, row in enumerate(source.rows)]
         cues, origin = self._cues(source, reader)
         notes[f"cut_by_{origin}"] += 1
         cuts, short = subtitles.cut(cues, self.config.subtitles)
@@ -218,14 +224,17 @@ class Extractor:
         """Take the subtitles beside the file, else those inside it, else the speech in its sound."""
         config = self.config.subtitles
         if source.subtitles is not None:
-            return subtitles.read(source.subtitles, config), "subtitle_file"
-        streams = [subtitles.from_spans(spans, config, source.shown) for spans in reader.embedded()]
+            with stage("subtitles"):
+                return subtitles.read(source.subtitles, config), "subtitle_file"
+        with stage("subtitles"):
+            streams = [subtitles.from_spans(spans, config, source.shown) for spans in reader.embedded()]
         best = max(streams, key=lambda cues: sum(len(cue.text) for cue in cues), default=[])
         if best:
             return best, "embedded_subtitles"
         if reader.sound is None:
             return [], "nothing"
-        return subtitles.detect_speech(reader.sound.between, media.RATE, config), "speech"
+        with stage("detect speech"):
+            return subtitles.detect_speech(reader.sound.between, sound.RATE, config), "speech"
 
     def _fill(self, draft: _Draft, reader: _Readers, notes: Counter[str]) -> None:
         utterance, config = draft.utterance, self.config
@@ -233,7 +242,8 @@ class Extractor:
         end = min(utterance.end, utterance.start + config.max_seconds)
         wave = reader.sound.between(utterance.start, end) if reader.sound is not None else np.zeros(0, np.float32)
         if "acoustic" not in given and len(wave) and np.abs(wave).max() >= SILENCE:
-            voice = self.acoustic.encode(wave)
+            with stage("encode voice"):
+                voice = self.acoustic.encode(wave)
             setattr(utterance, _column("acoustic", self.acoustic), voice)
         if draft.picture is not None and "visual" not in given:
             size = config.visual.side if self.visual.raw else config.faces.crop_size
@@ -245,32 +255,27 @@ class Extractor:
         limits = (config.acoustic.max_frames, config.visual.max_frames, config.visual.max_frames, MAX_TEXT_FEATURES)
         for name, limit in zip(FEATURES, limits, strict=True):
             if name in given:
-                with np.errstate(
-                    over="ignore"
-                ):  # what fp16 cannot hold becomes infinite, and the utterance is named and skipped
+                with np.errstate(over="ignore"):  # what fp16 cannot hold becomes infinite, and the utterance is named and skipped
                     setattr(utterance, name, given[name][:limit].astype(np.float16))
         if "visual" in given and "visual_emotion" not in given:
             utterance.visual_emotion = np.zeros((len(utterance.visual), 0), np.float16)
         faces = count_faces(utterance.faces) if utterance.faces else len(utterance.visual)
         if len(utterance.visual_emotion) != faces:
-            raise DataError(
-                f"{utterance.id}: {faces} face frames "
-                f"but {len(utterance.visual_emotion)} rows of visual_emotion"
-            )
+            raise DataError(f"{utterance.id}: {faces} face frames but {len(utterance.visual_emotion)} rows of visual_emotion")
 
-    def _face(
-        self, utterance: Utterance, end: float, wave: np.ndarray, pictures: media.FrameReader, notes: Counter[str]
-    ) -> tuple[Any, np.ndarray]:
+    def _face(self, utterance: Utterance, end: float, wave: np.ndarray, pictures: media.FrameReader, notes: Counter[str]) -> tuple[Any, np.ndarray]:
         config = self.config
         steps = max(1, math.ceil((end - utterance.start) * config.faces.fps - 1e-6))
         times = [utterance.start + step / config.faces.fps for step in range(steps)]
         tracks: list[Track] = find_tracks(pictures.at(times), self._detector, config.faces)
-        choice = choose_speaker(tracks, wave, media.RATE, utterance.start, config.speakers)
+        with stage("track and align"):
+            choice = choose_speaker(tracks, wave, sound.RATE, utterance.start, config.speakers)
         notes[f"speaker: {choice.reason}"] += 1
         if choice.track is None:
             nothing = b"" if self.visual.raw else np.zeros((0, self.visual.width), np.float16)
             return nothing, np.zeros((0, len(self.visual.classes)), np.float16)
-        return self.visual.encode(tracks[choice.track].crops[:: config.visual.every][: config.visual.max_frames])
+        with stage("encode face"):
+            return self.visual.encode(tracks[choice.track].crops[:: config.visual.every][: config.visual.max_frames])
 
 
 MAX_TEXT_FEATURES = 128
@@ -283,32 +288,28 @@ class _Readers:
     """The open files of one input."""
 
     def __init__(self, source: Source, extractor: Extractor, stack: ExitStack) -> None:
-        self.sound: media.AudioReader | None = None
+        self.sound: sound.AudioReader | None = None
         self.pictures: media.FrameReader | None = None
         self.duration = math.inf
         self._media: Media | None = None
         if source.path is None:
             return
-        found = self._media = probe(source.path)
+        with stage("open"):
+            found = self._media = probe(source.path)
         self.duration = found.duration or math.inf
         voiced = found if found.audio is not None or source.audio is None else probe(source.audio)
         if voiced.audio is not None:
-            self.sound = stack.enter_context(media.AudioReader(voiced))
+            self.sound = stack.enter_context(sound.AudioReader(voiced))
         if found.video is not None:
             config = extractor.config
-            self.pictures = media.open_frames(
-                found, decoder=config.decoder, max_height=config.max_height, threads=extractor._threads
-            )
+            self.pictures = media.open_frames(found, decoder=config.decoder, max_height=config.max_height, threads=extractor._threads)
             stack.callback(self.pictures.close)
 
     def embedded(self) -> Iterator[list[tuple[float, float, str]]]:
         """Give the cues of each text subtitle stream."""
         if self._media is not None:
             for index in self._media.subtitles:
-                yield [
-                    (start, end, text.decode("utf-8", "replace"))
-                    for start, end, text in subtitle_packets(self._media, index)
-                ]
+                yield [(start, end, text.decode("utf-8", "replace")) for start, end, text in subtitle_packets(self._media, index)]
 
 
 def _column(modality: str, encoder: AcousticEncoder | VisualEncoder) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from emoscale.clock import stage
 from emoscale.config import ConfigError, EmoscaleError
 from emoscale.files import file_sha256
 
@@ -69,9 +70,7 @@ class FacesConfig:
     def validate(self) -> None:
         """Refuse values out of range."""
         if self.detector == "yunet" and not self.model:
-            raise ValueError(
-                "model: empty, but detector is yunet; give the path of its ONNX file, or use detector=haar"
-            )
+            raise ValueError("model: empty, but detector is yunet; give the path of its ONNX file, or use detector=haar")
         for key in ("min_size", "min_score", "min_share", "track_iou", "cut_difference"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key}: {getattr(self, key)}, must be at least 0 and below 1")
@@ -143,9 +142,7 @@ class HaarDetector:
         small, scale = _shrunk(image, self._max_side)
         side = max(20, int(self._min_size * min(small.shape[:2])))
         grey = _cv2().cvtColor(small, _cv2().COLOR_RGB2GRAY)
-        boxes, counts = self._cascade.detectMultiScale2(
-            grey, scaleFactor=SCALE_STEP, minNeighbors=self._neighbours, minSize=(side, side)
-        )
+        boxes, counts = self._cascade.detectMultiScale2(grey, scaleFactor=SCALE_STEP, minNeighbors=self._neighbours, minSize=(side, side))
         if not len(boxes):
             return np.zeros((0, 5), np.float32)
         n = np.asarray(counts, np.float32).reshape(-1, 1)
@@ -189,9 +186,15 @@ def find_tracks(frames: Iterable[tuple[float, np.ndarray]], detector: FaceDetect
 
     All frames are held in memory: give one utterance at a time. A track never spans a cut.
     """
-    held = list(frames)
+    with stage("decode video"):
+        held = list(frames)
     if not held:
         return []
+    with stage("track and align"):
+        return _tracks(held, detector, config)
+
+
+def _tracks(held: list[tuple[float, np.ndarray]], detector: FaceDetector, config: FacesConfig) -> list[Track]:
     cuts = find_cuts(np.stack([_thumbnail(image) for _, image in held]), config.cut_difference)
     bounds = [0, *cuts.tolist(), len(held)]
     tracks = [track for first, last in pairwise(bounds) for track in _follow(held[first:last], detector, config)]
@@ -252,7 +255,8 @@ def _follow(shot: list[tuple[float, np.ndarray]], detector: FaceDetector, config
     done: list[_Path] = []
     for index in indices:
         time, image = shot[index]
-        found = detector.detect(image)
+        with stage("detect faces"):
+            found = detector.detect(image)
         alive = [path for path in open_tracks if time - shot[path.indices[-1]][0] <= config.max_gap_s + 1e-6]
         done += [path for path in open_tracks if path not in alive]
         matched = _match(alive, found[:, :4], config.track_iou)

@@ -17,6 +17,7 @@ import numpy as np
 from emoscale.config import ConfigError, EmoscaleError
 from emoscale.prepare.recorded import CROPS, WAVEFORM, Photographed, Recorded
 from emoscale.prepare.teacher import Teacher, load_teacher, probabilities, teacher_sha256
+from emoscale.records import refuse_kernels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,13 +154,9 @@ def make_visual(config: VisualConfig, teacher_folder: Path | None = None) -> Vis
         return Photographed(config.side, teacher, max_frames=config.max_frames)
     if config.encoder == TEACHER:
         if teacher is None or teacher_folder is None:
-            raise ConfigError(
-                "visual.encoder: teacher, but there is none; set teacher.stills, or use visual.encoder=pixels"
-            )
+            raise ConfigError("visual.encoder: teacher, but there is none; set teacher.stills, or use visual.encoder=pixels")
         return TeacherFeatures(teacher, teacher_sha256(teacher_folder), max_frames=config.max_frames)
-    return ImageModel(
-        config.encoder, teacher, revision=config.revision, batch=config.batch, max_frames=config.max_frames
-    )
+    return ImageModel(config.encoder, teacher, revision=config.revision, batch=config.batch, max_frames=config.max_frames)
 
 
 class LogMel:
@@ -190,9 +187,7 @@ class LogMel:
         hops = frames * self._per
         sound = torch.from_numpy(np.ascontiguousarray(wave[: hops * HOP + WINDOW], np.float32))
         with torch.inference_mode():
-            spectrum = torch.stft(
-                sound, FFT, HOP, WINDOW, window=self._window, center=True, pad_mode="constant", return_complex=True
-            )
+            spectrum = torch.stft(sound, FFT, HOP, WINDOW, window=self._window, center=True, pad_mode="constant", return_complex=True)
             power = spectrum[:, :hops].abs().square().T  # [hops, bins]
             bands = (power @ self._filters).clamp(min=FLOOR).log()
             energy = power.mean(dim=1, keepdim=True).clamp(min=FLOOR).log()
@@ -250,9 +245,7 @@ class SpeechModel:
 
     raw = False
 
-    def __init__(
-        self, source: str, *, revision: str, layer: int, frame_s: float, max_frames: int, max_seconds: float
-    ) -> None:
+    def __init__(self, source: str, *, revision: str, layer: int, frame_s: float, max_frames: int, max_seconds: float) -> None:
         self.name = source
         self._model, self._processor, self.revision = _from_hub(source, revision, "AutoModel", "AutoFeatureExtractor")
         hop = getattr(self._model.config, "inputs_to_logits_ratio", None)
@@ -299,10 +292,7 @@ class Pixels:
         crops = crops[: self._max_frames]
         if not len(crops):
             return np.zeros((0, self.width), np.float16), np.zeros((0, len(self.classes)), np.float16)
-        small = [
-            cv2.resize(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), (self._side, self._side), interpolation=cv2.INTER_AREA)
-            for crop in crops
-        ]
+        small = [cv2.resize(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), (self._side, self._side), interpolation=cv2.INTER_AREA) for crop in crops]
         grey = np.stack(small).reshape(len(crops), -1).astype(np.float32)
         grey = (grey - grey.mean(axis=1, keepdims=True)) / (grey.std(axis=1, keepdims=True) + 1)
         return grey.astype(np.float16), probabilities(self._teacher, crops)
@@ -335,9 +325,7 @@ class ImageModel:
         import torch
 
         self.name = source
-        self._model, self._processor, self.revision = _from_hub(
-            source, revision, "AutoModelForImageClassification", "AutoImageProcessor"
-        )
+        self._model, self._processor, self.revision = _from_hub(source, revision, "AutoModelForImageClassification", "AutoImageProcessor")
         labels = self._model.config.id2label
         linear = [m for m in self._model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == len(labels)]
         if not linear:
@@ -375,8 +363,9 @@ def _from_hub(source: str, revision: str, model: str, processor: str) -> tuple[A
         raise EmoscaleError("Hugging Face encoders need transformers: pip install 'emoscale[prepare]'") from error
     pinned = {"revision": revision} if revision else {}
     try:
-        network = getattr(transformers, model).from_pretrained(source, **pinned)
-        prepare = getattr(transformers, processor).from_pretrained(source, **pinned)
+        refuse_kernels(transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **pinned).to_dict(), source)
+        network = getattr(transformers, model).from_pretrained(source, trust_remote_code=False, weights_only=True, **pinned)
+        prepare = getattr(transformers, processor).from_pretrained(source, trust_remote_code=False, **pinned)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"encoder: {source}: cannot be loaded from Hugging Face or as a folder: {reason}") from error

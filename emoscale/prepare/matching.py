@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emoscale.config import ConfigError, DataError
-from emoscale.files import replace_text
+from emoscale.files import can_be_path, replace_text, stays_inside
 from emoscale.kernels.philox import key_of
+from emoscale.records import read_table
 
 SPLITS = {"train": 0.8, "valid": 0.1, "test": 0.1}
 """The paper's, by person."""
@@ -77,6 +78,9 @@ def match(config: MatchConfig, manifest: Path) -> list[str]:
         raise DataError(f"{config.texts}, {config.pictures}: no text agrees with any picture in {', '.join(_shared(texts, pictures))} and emotion")
     split_of = _splits(Counter(picture["person"] for _, picture in pairs), config.seed)
     folder = Path(config.pictures).parent.resolve()
+    outside = [name for _, row in pairs if not stays_inside(name := row["picture"]) and not (name.startswith("/") and can_be_path(name))]
+    if outside:
+        raise DataError(f"{config.pictures}: {outside[0]!r} leaves the folder {folder}; write it as an absolute path if that is meant")
     rows = [
         (str(folder / picture["picture"]), text["text"], picture["person"], picture["person"], picture["emotion"], split_of[picture["person"]])
         for text, picture in pairs
@@ -103,19 +107,20 @@ def _read(name: str, needed: Sequence[str]) -> Table:
     path = Path(name)
     if not path.is_file():
         raise ConfigError(f"match: {path} does not exist; it is a CSV with the columns {', '.join(needed)}")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in csv.DictReader(file)]
+    rows = [{key: value.strip() for key, value in row.items() if key} for row in read_table(path)[1]]
     lacking = [column for column in needed if not rows or column not in rows[0]]
     if lacking:
         raise DataError(f"{path}: lacks {', '.join(lacking)}; the columns {', '.join(needed)} are needed, in rows of which there must be one")
     empty = [number for number, row in enumerate(rows, start=2) if not all(row[column] for column in needed)]
     if empty:
-        raise DataError(f"{path}, line {empty[0]}: {', '.join(column for column in needed if not rows[empty[0] - 2][column])} is empty ({len(empty)} such lines)")
+        raise DataError(
+            f"{path}, line {empty[0]}: {', '.join(column for column in needed if not rows[empty[0] - 2][column])} is empty ({len(empty)} such lines)"
+        )
     return rows
 
 
 def _shared(texts: Table, pictures: Table) -> list[str]:
-    return [name for name in PROPERTIES if name in texts[0] and name in pictures[0]]
+    return [name for name in PROPERTIES if all(rows and name in rows[0] for rows in (texts, pictures))]
 
 
 def _kinds(config: MatchConfig, texts: Table, pictures: Table) -> Callable[[Mapping[str, str]], tuple[str, ...]]:

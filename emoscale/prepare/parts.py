@@ -9,9 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +17,14 @@ import numpy as np
 
 from emoscale.batch import COLUMNS, RAW, Utterance
 from emoscale.config import DataError
+from emoscale.files import parse_json
+from emoscale.records import read_arrays
 
 PARTS = ".parts"
 ARRAYS = ("acoustic", "visual", "visual_emotion", "text_features")
 BYTES = tuple(column for column, _ in RAW.values())
-DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+DAMAGED = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError)
+"""What a part raises that was cut off, or holds something else."""
 
 
 @dataclass
@@ -43,9 +43,7 @@ class Part:
     @property
     def head(self) -> Head:
         """All but the utterances."""
-        widths = {
-            c: max((getattr(u, c).shape[1] for u in self.utterances if len(getattr(u, c))), default=0) for c in ARRAYS
-        }
+        widths = {c: max((getattr(u, c).shape[1] for u in self.utterances if len(getattr(u, c))), default=0) for c in ARRAYS}
         return Head(self.key, self.row, self.encoders, widths)
 
 
@@ -103,11 +101,10 @@ class PartStore:
     def head(self, name: str) -> Head | None:
         """Read what is known of a part; None if there is none or it is damaged, which means: extract again."""
         try:
-            with _opened(self.path(name)) as stored:
-                head = json.loads(stored["head"].tobytes())
+            head = parse_json(_arrays(self.path(name), "head")["head"].tobytes())
+            return Head(**{key: head[key] for key in vars(Head("", {}, {}, {}))})
         except DAMAGED:
             return None
-        return Head(**{key: head[key] for key in vars(Head("", {}, {}, {}))})
 
     def utterances(self, name: str) -> list[Utterance]:
         """Load the utterances of a part.
@@ -117,16 +114,14 @@ class PartStore:
         """
         path = self.path(name)
         try:
-            with _opened(path) as stored:
-                records = json.loads(stored["head"].tobytes())["records"]
-                columns: dict[str, Any] = {c: _split(stored[c], stored[f"{c}.shapes"]) for c in (*ARRAYS, *BYTES) if c in stored}
-                columns |= {c: [value.tobytes() for value in columns[c]] for c in BYTES if c in columns}
+            stored = _arrays(path)
+            records = parse_json(stored["head"].tobytes())["records"]
+            columns: dict[str, Any] = {c: _split(stored[c], stored[f"{c}.shapes"]) for c in (*ARRAYS, *BYTES) if c in stored}
+            columns |= {c: [value.tobytes() for value in columns[c]] for c in BYTES if c in columns}
+            return [Utterance(**record | {c: values[i] for c, values in columns.items()}) for i, record in enumerate(records)]
         except DAMAGED as error:
             path.unlink(missing_ok=True)
-            raise DataError(
-                f"{path}: the part of {name} is damaged ({error}) and was removed; run `emoscale prepare` again"
-            ) from error
-        return [Utterance(**record | {c: values[i] for c, values in columns.items()}) for i, record in enumerate(records)]
+            raise DataError(f"{path}: the part of {name} is damaged ({error}) and was removed; run `emoscale prepare` again") from error
 
     def clean(self) -> None:
         """Remove what killed writers left."""
@@ -136,10 +131,12 @@ class PartStore:
                 left.unlink(missing_ok=True)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:  # np.load leaves a damaged file open
-        yield stored
+def _arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Read arrays of a part, all of them where none is named."""
+    found = read_arrays(path, names)
+    if not isinstance(found, dict):
+        raise ValueError("holds one array")
+    return found
 
 
 def _split(flat: np.ndarray, shapes: np.ndarray) -> list[np.ndarray]:

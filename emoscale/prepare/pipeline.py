@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,16 +16,20 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from emoscale.batch import MODALITIES
-from emoscale.config import ConfigError, DataError, from_mapping, to_dict
+from emoscale.clock import process_age, stage
+from emoscale.config import ConfigError, DataError, to_dict
+from emoscale.forms import Manifest
+from emoscale.prepare import workers
 from emoscale.prepare.assembly import assemble, notes_of
-from emoscale.prepare.extract import TEACHER_FOLDER, Extractor, PreprocessConfig
+from emoscale.prepare.extract import TEACHER_FOLDER, PreprocessConfig
 from emoscale.prepare.matching import MatchConfig, match
-from emoscale.prepare.parts import Part, PartStore
+from emoscale.prepare.parts import PartStore
 from emoscale.prepare.shards import INDEX, LEDGER, MANIFEST, SCHEMA, TOKENIZER
 from emoscale.prepare.sources import Source, find
 from emoscale.prepare.teacher import TeacherConfig, teacher_sha256, train_teacher
 from emoscale.prepare.trees import TREES, pre_recognition
 from emoscale.prepare.vocabulary import TextConfig
+from emoscale.records import read_json
 from emoscale.storage import open_storage, upload
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -61,7 +61,7 @@ class PrepareConfig:
     max_failures: int = 0
     """Inputs that may be skipped for a defect before the run counts as failed."""
     workers: int = 0
-    """Processes; 0 = one per CPU core."""
+    """Processes, of one thread each; 0 = one per CPU core."""
     stage: Literal["all", "teacher", "extract", "assemble"] = "all"
     """Do everything, or one stage: train the teacher, extract the inputs, or assemble what was extracted."""
     task: int = 0
@@ -70,10 +70,10 @@ class PrepareConfig:
     """Jobs in the array; with more than one, assemble afterwards with `stage=assemble`."""
     shard_bytes: int = 1 << 26
     """Largest shard, bytes."""
-    render: Literal["", "demo", "dialogues", "forecasts", "portraits"] = ""
+    render: Literal["", "demo", "dialogues", "forecasts", "portraits", "labelled-portraits"] = ""
     """`demo` draws the generated demo corpus where it is not yet, `dialogues` the larger one of sound and subtitles alone, `forecasts` more
-    labelled dialogues; `source` is its `films` folder, or the one above. `portraits` draws pictures with captions; `source` is their
-    `manifest.csv`."""
+    labelled dialogues; `source` is its `films` folder, or the one above. `portraits` draws pictures with captions, `labelled-portraits` more of
+    them, of other people; `source` is their `manifest.csv`."""
 
     def validate(self) -> None:
         """Refuse values out of range."""
@@ -111,8 +111,18 @@ class Summary:
     """Notes of the ledger, summed."""
     generation: int = 0
     """How many different corpora this folder has held, this one included."""
+    cpu_s: dict[str, float] = field(default_factory=dict)
+    """CPU seconds of all processes by stage, of what this run extracted and assembled."""
+    wall_s: dict[str, float] = field(default_factory=dict)
+    """Wall seconds: `start-up` of this process, and of the first worker until it had loaded its models; `sources` (rendered, listed, teacher
+    trained); `extract`; `assemble`."""
     lines: list[str] = field(default_factory=list)
     """What else the user should know."""
+
+    def count(self, seconds: dict[str, float]) -> None:
+        """Add CPU seconds by stage."""
+        for name, more in seconds.items():
+            self.cpu_s[name] = self.cpu_s.get(name, 0.0) + more
 
     def table(self) -> str:
         """Give the final table as plain text."""
@@ -123,6 +133,8 @@ class Summary:
         ]
         rows += [(name.replace("_", " "), f"{count:,}") for name, count in self.counts.items()]
         rows += [(f"note: {name.replace('_', ' ')}", f"{count:,}") for name, count in self.notes.items()]
+        rows += [(f"seconds: {name}", f"{seconds:,.1f}") for name, seconds in self.wall_s.items()]
+        rows += [(f"CPU seconds: {name}", f"{seconds:,.1f}") for name, seconds in sorted(self.cpu_s.items(), key=lambda item: -item[1])]
         width = max(len(name) for name, _ in rows)
         text = [f"{name:<{width}}  {value:>12}" for name, value in rows]
         text += [f"skipped {path}: {reason}" for path, reason in self.failures]
@@ -147,6 +159,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
         DataError: there is nothing to prepare, or inputs do not fit together.
     """
     source, output = Path(config.source), Path(config.output)
+    started, begun = process_age(), time.monotonic()
     if config.render:
         _render(source.parent if source.name in ("films", "manifest.csv") else source, config.render)
     matched = match(config.match, source) if config.match.texts else []
@@ -154,22 +167,23 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
     output.mkdir(parents=True, exist_ok=True)
     store = PartStore(output)
     store.clean()
-    summary = Summary(output, output / LEDGER)
+    summary = Summary(output, output / LEDGER, wall_s={"start-up": started})
     summary.lines += [*matched, *pre_recognition(config.layout, sources)]
     teacher = _teacher(config, output, summary)
     if config.stage == "teacher":
         return summary
     keys = _keys(sources, config, teacher)
+    summary.wall_s["sources"] = time.monotonic() - begun
     if config.stage != "assemble":
         _extract(sources[config.task :: config.tasks], keys, config, store, teacher, progress, summary)
     heads = {item.name: head for item in sources if (head := store.head(item.name)) and head.key == keys[item.name]}
-    summary.failures = [
-        (head.row["path"], head.row["reason"]) for head in heads.values() if head.row["status"] == "skipped"
-    ]
+    summary.failures = [(head.row["path"], head.row["reason"]) for head in heads.values() if head.row["status"] == "skipped"]
     if config.stage != "extract":
-        manifest = assemble(
-            sources, heads, store, config.preprocess, config.text, teacher, config.require, config.shard_bytes
-        )
+        begun = time.monotonic()
+        with stage("assemble"):
+            manifest = assemble(sources, heads, store, config.preprocess, config.text, teacher, config.require, config.shard_bytes)
+        summary.count(stage.take())
+        summary.wall_s["assemble"] = time.monotonic() - begun
         summary.counts, summary.generation = manifest["counts"], manifest["generation"]
         summary.notes = notes_of(summary.ledger)
         if config.upload:
@@ -201,15 +215,16 @@ def _stored_manifest(url: str) -> dict[str, Any]:
         return {}
     with TemporaryDirectory() as folder:
         storage.get(MANIFEST, Path(folder) / MANIFEST)
-        return json.loads((Path(folder) / MANIFEST).read_text())
+        return read_json(Path(folder) / MANIFEST, Manifest, f"{url} holds something else than a corpus; choose another place")  # type: ignore[return-value]  # a dictionary
 
 
 def _render(folder: Path, what: str) -> None:
     from emoscale.prepare import demo
     from emoscale.prepare.demo import portraits
 
-    if what == "portraits":
-        portraits.render(folder, portraits.PortraitConfig())
+    pictures = {"portraits": portraits.PortraitConfig, "labelled-portraits": portraits.labelled}
+    if what in pictures:
+        portraits.render(folder, pictures[what]())
         return
     made = {"demo": demo.DemoConfig, "dialogues": demo.dialogues, "forecasts": demo.forecasts}
     demo.render(folder, made[what]())
@@ -221,47 +236,25 @@ def _teacher(config: PrepareConfig, output: Path, summary: Summary) -> Path | No
     if folder.is_dir():
         return folder
     if not config.teacher.stills:
-        summary.lines.append(
-            "no expression teacher: the visual-emotion objective will be off "
-            "(set teacher.stills to a folder of labelled faces)"
-        )
+        summary.lines.append("no expression teacher: the visual-emotion objective will be off (set teacher.stills to a folder of labelled faces)")
         return None
     stills = Path(config.teacher.stills)
     if not stills.is_dir():
         raise ConfigError(f"teacher.stills: {stills}, no such folder")
     if config.tasks > 1:
-        raise ConfigError(
-            "tasks: the jobs of an array would train different teachers; run once with stage=teacher before"
-        )
+        raise ConfigError("tasks: the jobs of an array would train different teachers; run once with stage=teacher before")
     aside = output / f".{TEACHER_FOLDER}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     metrics = train_teacher(stills, aside, config.teacher, config.preprocess.faces)
     aside.replace(folder)
-    summary.lines.append(
-        "expression teacher: "
-        + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
-    )
+    summary.lines.append("expression teacher: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float)))
     return folder
 
 
 def _keys(sources: list[Source], config: PrepareConfig, teacher: Path | None) -> dict[str, str]:
     """Hash, for each input, everything that decides what its part holds."""
-    common = json.dumps(
-        [SCHEMA, to_dict(config.preprocess), teacher_sha256(teacher) if teacher else None], sort_keys=True
-    )
+    common = json.dumps([SCHEMA, to_dict(config.preprocess), teacher_sha256(teacher) if teacher else None], sort_keys=True)
     return {item.name: hashlib.sha256(f"{common}\n{item.fingerprint()}".encode()).hexdigest() for item in sources}
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One input for one worker process."""
-
-    source: Source
-    key: str
-    output: Path
-    preprocess: str
-    teacher: Path | None
-    threads: int
 
 
 def _extract(
@@ -273,7 +266,7 @@ def _extract(
     progress: Progress | None,
     summary: Summary,
 ) -> None:
-    workers = config.workers or os.cpu_count() or 1
+    listed = time.monotonic()
     preprocess = json.dumps(to_dict(config.preprocess), sort_keys=True)
     jobs = []
     for item in sources:
@@ -281,83 +274,16 @@ def _extract(
         if head is not None and head.key == keys[item.name] and head.row["status"] == "done":
             summary.reused += 1
             continue
-        jobs.append(_Job(item, keys[item.name], store.folder, preprocess, teacher, threads=0 if workers == 1 else 1))
-    finished = summary.reused
-    for row in _run(jobs, min(workers, len(jobs))):
+        jobs.append(workers.Job(item, keys[item.name], store.folder, preprocess, teacher))
+    finished, begun = summary.reused, time.monotonic()
+    ready = begun
+    for done in workers.run(jobs, min(config.workers or os.cpu_count() or 1, len(jobs))):
+        ready = done.ready if finished == summary.reused else min(ready, done.ready)
         finished += 1
-        summary.extracted += row["status"] == "done"
+        summary.extracted += done.row["status"] == "done"
+        summary.count(done.seconds)
         if progress is not None:
-            progress(finished, len(sources), row)
-
-
-def _run(jobs: list[_Job], workers: int) -> Iterator[dict[str, Any]]:
-    """Work through the jobs; an input that kills its process (a crash inside a decoder) is skipped, not the run."""
-    if workers <= 1:
-        with _one_thread():
-            yield from map(_work, jobs)
-        return
-    left = {job.source.name: job for job in jobs}
-    for row in _pooled(jobs, workers, left):
-        yield row
-    while left:
-        job = left[next(iter(left))]
-        yield from _pooled([job], 1, left)
-        if job.source.name in left:
-            del left[job.source.name]
-            row = _skipped(job.source, "its decoding kills the process; convert the file anew")
-            PartStore(job.output).write(job.source.name, Part(job.key, row))
-            yield row
-
-
-def _pooled(jobs: list[_Job], workers: int, left: dict[str, _Job]) -> Iterator[dict[str, Any]]:
-    """Run jobs in processes and take each from `left` as it ends; stops early, leaving the rest, if a process dies."""
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
-    try:
-        names = {pool.submit(_work, job): job.source.name for job in jobs}
-        for future in as_completed(names):
-            row = future.result()
-            del left[names[future]]
-            yield row
-    except BrokenProcessPool:
-        return
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute as a worker process does, so that the features have the same bits."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@functools.lru_cache(maxsize=1)
-def _extractor(preprocess: str, teacher: Path | None, threads: int) -> Extractor:
-    return Extractor(from_mapping(PreprocessConfig, json.loads(preprocess), "preprocess"), teacher, threads=threads)
-
-
-def _work(job: _Job) -> dict[str, Any]:
-    extractor = _extractor(job.preprocess, job.teacher, job.threads)
-    try:
-        utterances, row = extractor.extract(job.source)
-        part = Part(job.key, row, utterances, extractor.describe() if job.source.encoded else {})
-    except (DataError, OSError) as error:  # of FFmpeg's errors, those that are no DataError are OSErrors
-        part = Part(job.key, _skipped(job.source, str(error)))
-    PartStore(job.output).write(job.source.name, part)
-    return part.row
-
-
-def _skipped(source: Source, reason: str) -> dict[str, Any]:
-    return {"path": source.shown, "status": "skipped", "reason": reason, "utterances": 0, "notes": {}}
+            progress(finished, len(sources), done.row)
+    summary.wall_s["sources"] += begun - listed
+    summary.wall_s["start-up"] += ready - begun
+    summary.wall_s["extract"] = time.monotonic() - ready

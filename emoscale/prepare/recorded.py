@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from emoscale.config import ConfigError, DataError
 from emoscale.prepare.teacher import Teacher, probabilities
 
 WAVEFORM, CROPS = "waveform", "crops"
+MOST_PIXELS = 100_000_000
+"""Of a picture: more than cameras have, less than fills a memory."""
 
 
 class Recorded:
@@ -59,7 +62,9 @@ def read_picture(path: Path, side: int) -> np.ndarray:
 
     try:
         with Image.open(path) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ValueError(f"{opened.width}×{opened.height} pixels; make it smaller")
             picture = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as a picture ({error})") from error
+    except (OSError, SyntaxError, ValueError, TypeError, MemoryError, struct.error, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read as a picture ({str(error) or type(error).__name__})") from error
     return np.asarray(ImageOps.fit(picture, (side, side), Image.Resampling.BOX if min(picture.size) >= side else Image.Resampling.BICUBIC))

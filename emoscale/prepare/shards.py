@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from emoscale.batch import Utterance, columns_of
 from emoscale.codecs import count_faces, count_samples
 from emoscale.config import DataError
 from emoscale.files import file_sha256
+from emoscale.forms import Index, Listing, Manifest
+from emoscale.imports import import_alone
 from emoscale.prepare.parts import PARTS
+from emoscale.records import read_json
 
 SCHEMA = 1
 MANIFEST, LEDGER, INDEX, TOKENIZER = "manifest.json", "ledger.jsonl", "index.json", "tokenizer"
@@ -67,8 +70,12 @@ class Statistics:
         """Go on counting where another assembly ended."""
         sums = {name: (np.array(first), np.array(second)) for name, (first, second) in record["sums"].items()}
         return cls(
-            dict(record["counts"]), dict(record["frames"]), {name: first for name, (first, _) in sums.items()},
-            {name: second for name, (_, second) in sums.items()}, set(record["dialogues"]), set(record["speakers"]),
+            dict(record["counts"]),
+            dict(record["frames"]),
+            {name: first for name, (first, _) in sums.items()},
+            {name: second for name, (_, second) in sums.items()},
+            set(record["dialogues"]),
+            set(record["speakers"]),
         )
 
     def mean_std(self, name: str, width: int) -> tuple[list[float], list[float]]:
@@ -112,10 +119,9 @@ def write_shards(
     Returns:
         The `shards` of the manifest.
     """
-    from streaming import MDSWriter
-
     columns = columns_of(raw, text_features="text_features" in widths)
-    with MDSWriter(columns=columns, out=str(folder), hashes=["sha256"], size_limit=shard_bytes) as writer:
+    writers = import_alone("streaming.base.format.mds.writer")
+    with writers.MDSWriter(columns=columns, out=str(folder), hashes=["sha256"], size_limit=shard_bytes) as writer:
         for utterance in utterances:
             _fit(utterance, widths)
             statistics.add(utterance, widths)
@@ -149,10 +155,7 @@ def _fit(utterance: Utterance, widths: dict[str, int]) -> None:
         if not len(values):
             setattr(utterance, name, np.zeros((0, width), np.float16))
         elif values.shape[1] != width:
-            raise DataError(
-                f"{utterance.id}: {name} has {values.shape[1]} values per frame, the corpus has {width}; "
-                "use one encoder for all inputs"
-            )
+            raise DataError(f"{utterance.id}: {name} has {values.shape[1]} values per frame, the corpus has {width}; use one encoder for all inputs")
 
 
 def publish(fresh: Path, folder: Path) -> None:
@@ -183,7 +186,7 @@ def publish_more(fresh: Path, folder: Path) -> None:
 
 def number_behind(fresh: Path, folder: Path, known: int) -> list[dict[str, Any]]:
     """Number fresh shards behind the `known` first ones of a corpus, and write the index of all; give the new ones' entries."""
-    before, index = json.loads((folder / INDEX).read_text()), json.loads((fresh / INDEX).read_text())
+    before, index = read_json(folder / INDEX, Index, "remove it, and the corpus is made anew"), json.loads((fresh / INDEX).read_text())
     index["shards"] = [shard for shard in index["shards"] if shard["samples"]]
     for number, shard in reversed(list(enumerate(index["shards"], start=known))):  # from the last one: names may overlap
         path, name = fresh / shard["raw_data"]["basename"], f"shard.{number:05d}.mds"
@@ -197,7 +200,7 @@ def previous_manifest(folder: Path) -> dict[str, Any] | None:
     """Read the manifest of the corpus before this one, also where replacing it was interrupted."""
     for path in (folder / MANIFEST, folder / PARTS / MANIFEST):
         if path.is_file():
-            return json.loads(path.read_text())
+            return read_json(path, Manifest, "remove this file, and the corpus is made anew")  # type: ignore[return-value]  # a dictionary
     return None
 
 
@@ -213,16 +216,16 @@ def verify(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(f"{path}: no such file; run `emoscale prepare` to the end, or check the folder's name")
-    manifest = json.loads(path.read_text())
+    manifest: Any = read_json(path, Listing, "copy the corpus again, or run `emoscale prepare` to write it anew")
+    if "shards" not in manifest:
+        raise DataError(f"{path}: lists no shards; is this the manifest of a corpus?")
     wrong = [problem for shard in manifest["shards"] if (problem := _shard_problem(folder, shard))]
     tokenizer = manifest.get("tokenizer")
     words = folder / tokenizer["folder"] / "tokenizer.json" if tokenizer else None
     if words is not None and (not words.is_file() or file_sha256(words) != tokenizer["sha256"]):
         wrong.append(f"{tokenizer['folder']}/tokenizer.json is missing or changed")
     if wrong:
-        raise DataError(
-            f"{folder}: {'; '.join(wrong)}; copy the corpus again, or run `emoscale prepare` to write it anew"
-        )
+        raise DataError(f"{folder}: {'; '.join(wrong)}; copy the corpus again, or run `emoscale prepare` to write it anew")
     return manifest
 
 
@@ -231,11 +234,7 @@ def _shard_problem(folder: Path, shard: dict[str, Any]) -> str:
     if not path.is_file():
         return f"{shard['file']} is missing"
     found = file_sha256(path)
-    return (
-        ""
-        if found == shard["sha256"]
-        else f"{shard['file']} has the hash {found[:12]}…, the manifest says {shard['sha256'][:12]}…"
-    )
+    return "" if found == shard["sha256"] else f"{shard['file']} has the hash {found[:12]}…, the manifest says {shard['sha256'][:12]}…"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -251,13 +250,3 @@ def write_ledger(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with aside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     aside.replace(path)
-
-
-def read_utterances(folder: Path) -> Iterator[Utterance]:
-    """Read the utterances of a prepared corpus in order, for inspection; training reads through `emoscale.data`."""
-    from streaming.base.format import reader_from_json
-
-    for shard in json.loads((folder / INDEX).read_text())["shards"]:
-        reader = reader_from_json(str(folder), None, shard)
-        for i in range(reader.size):
-            yield Utterance.from_record(reader.get_item(i))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -16,8 +14,11 @@ from typing import Any
 import numpy as np
 
 from emoscale.config import DataError
+from emoscale.files import can_be_path, parse_json
 from emoscale.prepare.container import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from emoscale.prepare.subtitles import SUFFIXES as SUBTITLE_SUFFIXES
+from emoscale.records import read_arrays, read_cells, read_lines, read_table
+from emoscale.storage import is_remote
 
 MANIFEST_SUFFIXES = (".csv", ".jsonl")
 COLUMNS = (
@@ -78,6 +79,11 @@ class Source:
         """Whether an encoder looks at anything of it: media, or pictures."""
         return self.path is not None or any(row.picture is not None for row in self.rows or ())
 
+    @property
+    def cut_by_speech(self) -> bool:
+        """Whether nothing beside it says where its utterances begin and end; subtitles inside it may."""
+        return self.path is not None and self.rows is None and self.subtitles is None
+
     def fingerprint(self) -> str:
         """Give a hash that changes when one of its files or rows does, without reading the media."""
         files = [
@@ -87,9 +93,7 @@ class Source:
             *sorted({_file_of(ref) for row in self.rows or () for ref in row.features.values()}),
             *(row.picture for row in self.rows or () if row.picture is not None),
         ]
-        seen = [
-            (str(f), f.stat().st_size, f.stat().st_mtime_ns) if f and f.is_file() else (str(f), -1, -1) for f in files
-        ]
+        seen = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) if f and f.is_file() else (str(f), -1, -1) for f in files]
         return hashlib.sha256(repr((self.name, seen, self.rows)).encode()).hexdigest()
 
 
@@ -112,9 +116,7 @@ def find(source: Path, language: str = "") -> list[Source]:
     else:
         raise DataError(f"{source}: no such folder or file")
     if not found:
-        raise DataError(
-            f"{source}: holds no media file; looked for {' '.join(sorted(VIDEO_SUFFIXES | AUDIO_SUFFIXES))}"
-        )
+        raise DataError(f"{source}: holds no media file; looked for {' '.join(sorted(VIDEO_SUFFIXES | AUDIO_SUFFIXES))}")
     return sorted(found, key=lambda item: item.name)
 
 
@@ -130,11 +132,7 @@ def _scan(folder: Path, language: str) -> Iterator[Source]:
 
 
 def _beside(path: Path) -> list[Path]:
-    return [
-        other
-        for other in sorted(path.parent.glob("*"))
-        if other != path and other.stem == path.stem and other.suffix.lower() in AUDIO_SUFFIXES
-    ]
+    return [other for other in sorted(path.parent.glob("*")) if other != path and other.stem == path.stem and other.suffix.lower() in AUDIO_SUFFIXES]
 
 
 def _one(name: str, files: list[Path], language: str) -> Source:
@@ -150,11 +148,7 @@ def _one(name: str, files: list[Path], language: str) -> Source:
 
 def _subtitles(media: Path, language: str) -> Path | None:
     """Choose `film.srt`, else `film.<language>.srt`; a wanted language goes first."""
-    near = [
-        f
-        for f in sorted(media.parent.glob("*"))
-        if f.suffix.lower() in SUBTITLE_SUFFIXES and f.name.startswith(media.stem + ".")
-    ]
+    near = [f for f in sorted(media.parent.glob("*")) if f.suffix.lower() in SUBTITLE_SUFFIXES and f.name.startswith(media.stem + ".")]
     tagged = {f: f.name[len(media.stem) + 1 : -len(f.suffix)].strip(".") for f in near}
     tagged = {f: tag for f, tag in tagged.items() if len(tag) <= 8 and "." not in tag}
     order = sorted(
@@ -184,42 +178,28 @@ def _from_manifest(path: Path) -> list[Source]:
     found = [_listed(name, media, tuple(rows)) for (name, media), rows in groups.items()]
     twice = next((name for name, count in Counter(item.name for item in found).items() if count > 1), None)
     if twice is not None:
-        raise DataError(
-            f"{path}: {twice!r} names two inputs that differ only in their suffix, or a file and a dialogue; rename one"
-        )
+        raise DataError(f"{path}: {twice!r} names two inputs that differ only in their suffix, or a file and a dialogue; rename one")
     return found
 
 
 def _listed(name: str, media: Path | None, rows: tuple[Row, ...]) -> Source:
-    sound = (
-        next((f for f in _beside(media) if media.suffix.lower() in VIDEO_SUFFIXES), None) if media is not None else None
-    )
+    sound = next((f for f in _beside(media) if media.suffix.lower() in VIDEO_SUFFIXES), None) if media is not None else None
     return Source(name, media, sound, None, rows)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read a manifest as (where, row); empty cells are left out."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix.lower() == ".csv":
-            reader = csv.DictReader(file)
-            if not set(reader.fieldnames or ()) & set(COLUMNS):
-                raise DataError(f"{path}: its first line names none of the columns {', '.join(COLUMNS)}")
-            for number, row in enumerate(reader, start=2):
-                yield (
-                    f"{path}, line {number}",
-                    {key: value for key, value in row.items() if key and value not in (None, "")},
-                )
-            return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: no JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: holds {type(row).__name__}, an object was expected")
-            yield f"{path}, line {number}", {key: value for key, value in row.items() if value not in (None, "")}
+    if path.suffix.lower() == ".csv":
+        columns, rows = read_table(path)
+        if not set(columns) & set(COLUMNS):
+            raise DataError(f"{path}: its first line names none of the columns {', '.join(COLUMNS)}")
+        for number, row in enumerate(rows, start=2):
+            yield f"{path}, line {number}", {key: value for key, value in row.items() if key and value}
+        return
+    for number, row in read_lines(path):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: holds {type(row).__name__}, an object was expected")
+        yield f"{path}, line {number}", {key: value for key, value in row.items() if value not in (None, "")}
 
 
 def _row(row: dict[str, Any], base: Path, where: str) -> Row:
@@ -249,7 +229,7 @@ def _row(row: dict[str, Any], base: Path, where: str) -> Row:
 def _number(row: dict[str, Any], key: str, default: float, where: str) -> float:
     try:
         value = float(row.get(key, default))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{where}: {key} is {row[key]!r}, seconds were expected") from error
     if math.isnan(value):
         raise DataError(f"{where}: {key} is not a number")
@@ -261,9 +241,9 @@ def _label(row: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(label, str):
         if label.lstrip().startswith("{"):
             try:
-                label = json.loads(label)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: label looks like JSON and is none ({error.msg})") from error
+                label = parse_json(label)
+            except ValueError as error:
+                raise DataError(f"{where}: label looks like JSON and is none ({getattr(error, 'msg', error)})") from error
         else:
             label = {"emotion": label.strip()}
     if not isinstance(label, dict):
@@ -273,7 +253,13 @@ def _label(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _inside(base: Path, text: str, where: str) -> Path:
     """Resolve a path of a manifest; one that is relative may not leave the manifest's folder."""
-    path = Path(str(text))
+    if is_remote(str(text)):
+        raise DataError(f"{where}: {text} is a URL; fetch it, and name the file")
+    if not isinstance(text, str) or not can_be_path(text):
+        raise DataError(f"{where}: {text!r} cannot be the name of a file")
+    path = Path(text)
+    if not path.name or path.name == "..":
+        raise DataError(f"{where}: {text!r} names a folder; name a file")
     if path.is_absolute():
         return path
     depth = 0
@@ -282,9 +268,7 @@ def _inside(base: Path, text: str, where: str) -> Path:
         if depth < 0:
             raise DataError(f"{where}: {text} leaves the folder {base}; write it as an absolute path if that is meant")
     if not (base / path).resolve().is_relative_to(base.resolve()):
-        raise DataError(
-            f"{where}: {text} leaves the folder {base} through a link; write it as an absolute path if that is meant"
-        )
+        raise DataError(f"{where}: {text} leaves the folder {base} through a link; write it as an absolute path if that is meant")
     return base / path
 
 
@@ -331,26 +315,21 @@ def _from_numpy(file: str, key: str) -> np.ndarray:
         if not key and len(loaded) == 1:
             key = next(iter(loaded))
         if key not in loaded:
-            raise DataError(
-                f"{file}: has no array {key!r}; write file.npz:key with one of {', '.join(sorted(loaded)[:8])}"
-            )
+            raise DataError(f"{file}: has no array {key!r}; write file.npz:key with one of {', '.join(sorted(loaded)[:8])}")
         loaded = loaded[key]
     return loaded.astype(np.float32)
 
 
 @functools.lru_cache(maxsize=4)
 def _load(file: str) -> Any:
-    loaded = np.load(file, allow_pickle=False)
-    return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
+    return read_arrays(file)
 
 
 def _from_table(file: str, part: str) -> np.ndarray:
     rows, _, columns = part.partition("@")
     first, _, last = rows.partition("-")
     if not first.isdigit() or (last and not last.isdigit()):
-        raise DataError(
-            f"{file}:{part}: write file.csv:3 for one row or file.csv:3-10 for several, counted from 0 below the header"
-        )
+        raise DataError(f"{file}:{part}: write file.csv:3 for one row or file.csv:3-10 for several, counted from 0 below the header")
     table = _table(file, columns)
     begin, end = int(first), int(last or first)
     if not begin <= end < len(table):
@@ -361,8 +340,7 @@ def _from_table(file: str, part: str) -> np.ndarray:
 @functools.lru_cache(maxsize=8)
 def _table(file: str, columns: str) -> np.ndarray:
     """Read columns of a CSV, all that hold numbers in its first row unless they are named; a first line of words is a header."""
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        rows = [row for row in csv.reader(lines) if row]
+    rows = read_cells(Path(file))
     header: list[str] = []
     if rows and not any(_is_number(cell) for cell in rows[0]):
         header, rows = rows[0], rows[1:]
@@ -382,7 +360,9 @@ def _columns(file: str, columns: str, header: list[str], count: int) -> list[int
     for name in (first, last or first):
         place = header.index(name) if name in header else int(name) if name.isdigit() else -1
         if not 0 <= place < count:
-            raise DataError(f"{file}@{columns}: {name!r} is no column; write @first..last with {'names of the header or ' if header else ''}numbers from 0 to {count - 1}")
+            raise DataError(
+                f"{file}@{columns}: {name!r} is no column; write @first..last with {'names of the header or ' if header else ''}numbers from 0 to {count - 1}"
+            )
         places.append(place)
     return list(range(places[0], places[1] + 1))
 

@@ -64,9 +64,7 @@ class Choice:
     """One of `REASONS`; counted in the ledger."""
 
 
-def choose_speaker(
-    tracks: Sequence[Track], audio: np.ndarray, rate: int, start: float, config: SpeakersConfig
-) -> Choice:
+def choose_speaker(tracks: Sequence[Track], audio: np.ndarray, rate: int, start: float, config: SpeakersConfig) -> Choice:
     """Choose the speaking face of one utterance.
 
     Args:

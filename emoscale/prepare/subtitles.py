@@ -15,6 +15,8 @@ import numpy as np
 from emoscale.config import DataError, EmoscaleError
 
 SUFFIXES = (".srt", ".vtt", ".ass", ".ssa")
+FORMATS = ("srt", "vtt", "ass", "ssa", "microdvd", "mpl2")
+"""What pysubs2 may read: its other formats are XML and JSON."""
 VAD_BLOCK_S = 600.0
 """Speech is looked for in blocks of this length, so that a film never lies in memory whole."""
 
@@ -76,20 +78,22 @@ class Cut:
 
 
 def read(path: Path, config: SubtitleConfig) -> list[Cue]:
-    """Read a subtitle file of any format that pysubs2 knows.
+    """Read a subtitle file: SubRip, WebVTT, SubStation, or MicroDVD and MPL2 under one of their suffixes.
 
     Raises:
         DataError: the file is not text, no subtitle format, or holds no cue.
     """
     pysubs2 = _pysubs2()
-    text = _decode(path)
+    text = _BLANK.sub("\n\n", _decode(path).replace("\r\n", "\n"))
     try:
-        parsed = pysubs2.SSAFile.from_string(text)
-    except (pysubs2.exceptions.Pysubs2Error, ValueError, IndexError, KeyError) as error:
-        raise DataError(
-            f"{path}: not readable as subtitles ({' '.join(str(error).split())[:120] or type(error).__name__})"
-        ) from error
-    events = [event for event in parsed if not event.is_comment and not event.is_drawing]
+        kind = pysubs2.formats.autodetect_format(text)
+        if kind not in FORMATS:
+            raise ValueError(f"format {kind}")
+        # Tags stay: pysubs2 searches for the end of each from its start, which takes minutes where none has one.
+        parsed = pysubs2.SSAFile.from_string(text, kind, **({"keep_html_tags": True} if kind in ("srt", "vtt") else {}))
+    except (pysubs2.exceptions.Pysubs2Error, ValueError, IndexError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as subtitles ({' '.join(str(error).split())[:120] or type(error).__name__})") from error
+    events = [event for event in parsed if not event.is_comment and not _DRAWING.search("".join(_parts(event.text)[1]))]
     if not events:
         raise DataError(f"{path}: holds no cue; delete it if the film has no subtitles")
     spans = [(event.start / 1000, event.end / 1000, event.text) for event in events]
@@ -105,8 +109,10 @@ def from_spans(spans: list[tuple[float, float, str]], config: SubtitleConfig, wh
     return [Cue(i, start, end, clean(text, config.keep_after_break)) for i, (start, end, text) in enumerate(ordered)]
 
 
+_BLANK = re.compile(r"\n{3,}")
+_DRAWING = re.compile(r"\\p[1-9]")
 _BREAK = re.compile(r"\\[Nn]|\r?\n|<br\s*/?>", re.IGNORECASE)
-_MARKUP = re.compile(r"\{[^}]*\}|</?[A-Za-z][^<>]*>|<\d[\d:.]*>")
+_MARKUP = re.compile(r"</?[A-Za-z][^<>]*>|<\d[\d:.]*>")
 _DASH = re.compile(r"^\s*[-–—‐]\s*")
 _SPACE = re.compile(r"[\s\u200b\u200e\u200f\ufeff]+")
 
@@ -118,11 +124,33 @@ def clean(text: str, keep_after_break: bool = False) -> str:
         text: text of a cue, lines parted by a new line or `\\N`.
         keep_after_break: keep only what follows the first line break, if there is one.
     """
-    lines = _BREAK.split(_MARKUP.sub("", _BREAK.sub("\n", text)))
+    lines = _BREAK.split(_MARKUP.sub("", _without_overrides(_BREAK.sub("\n", text))))
     if keep_after_break and len(lines) > 1:
         lines = lines[1:]
-    spoken = (_DASH.sub("", html.unescape(line).replace("\\h", " ")) for line in lines)
+    spoken = (_DASH.sub("", _unescaped(line).replace("\\h", " ")) for line in lines)
     return _SPACE.sub(" ", " ".join(spoken)).strip()
+
+
+def _without_overrides(text: str) -> str:
+    """Strip `{…}`; in one pass, for a search anew from every brace takes minutes in a file of nothing else."""
+    return "".join(_parts(text)[0])
+
+
+def _parts(text: str) -> tuple[list[str], list[str]]:
+    """Give what stands outside of `{…}`, and what stands within."""
+    outside, inside, at = [], [], 0
+    while (first := text.find("{", at)) >= 0 and (last := text.find("}", first)) >= 0:
+        outside.append(text[at:first])
+        inside.append(text[first : last + 1])
+        at = last + 1
+    return [*outside, text[at:]], inside
+
+
+def _unescaped(text: str) -> str:
+    try:
+        return html.unescape(text)
+    except ValueError:  # a `&#…;` of thousands of digits
+        return text
 
 
 def cut(cues: list[Cue], config: SubtitleConfig) -> tuple[list[Cut], int]:
@@ -152,7 +180,7 @@ def detect_speech(sound: Callable[[float, float], np.ndarray], rate: int, config
     """
     import torch
 
-    silero, model = _vad()
+    silero, model = load_speech_detector()
     cues: list[Cue] = []
     for start, wave in _blocks(sound):
         model.reset_states()
@@ -177,7 +205,8 @@ def _blocks(sound: Callable[[float, float], np.ndarray]) -> Iterator[tuple[float
 
 
 @functools.cache
-def _vad() -> tuple[Any, Any]:
+def load_speech_detector() -> tuple[Any, Any]:
+    """Give silero-vad's package and model; loaded once per process."""
     try:
         import silero_vad
     except ModuleNotFoundError as error:

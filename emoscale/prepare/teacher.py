@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from emoscale.config import DataError
+from emoscale.forms import Expert
 from emoscale.prepare.faces import FaceDetector, FacesConfig, crop_face, make_detector
+from emoscale.records import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -152,14 +154,14 @@ def load_teacher(folder: Path) -> Teacher:
     from safetensors.torch import load_file
 
     try:
-        about = json.loads((folder / "config.json").read_text())
+        about = read_json(folder / "config.json", Expert, "train it again")
         weights = load_file(folder / "model.safetensors")
         if about["format"] != FORMAT:
             raise DataError(f"{folder}: teacher of format {about['format']}, not {FORMAT}; train it again")
         network = _network(about["width"], len(about["classes"]))
         network.load_state_dict(weights)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{folder}: no expression teacher can be read from it ({error}); train it again") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{folder}: no expression teacher can be read from it ({str(error)[:200]}); train it again") from error
     return Teacher(network, about["classes"], about["side"], 6 * about["width"])
 
 

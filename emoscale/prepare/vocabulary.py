@@ -31,9 +31,7 @@ class TextConfig:
         if wrong is not None:
             raise ValueError(f"always: {wrong!r}, must be single words of letters and digits")
         if self.vocab_size < len(SPECIAL) + len(self.always) + 100:
-            raise ValueError(
-                f"vocab_size: {self.vocab_size}, must leave room for 100 pieces beside special and always words"
-            )
+            raise ValueError(f"vocab_size: {self.vocab_size}, must leave room for 100 pieces beside special and always words")
 
 
 def build(texts: Iterable[str], config: TextConfig, folder: Path) -> dict[str, Any]:
@@ -69,9 +67,7 @@ def _pieces(texts: Iterable[str], config: TextConfig) -> list[str]:
     normal, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normal.normalize_str(text)))
     tokenizer = Tokenizer(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size, min_frequency=2, limit_alphabet=1000, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=config.vocab_size, min_frequency=2, limit_alphabet=1000, show_progress=False)
     tokenizer.train_from_iterator((word for word, count in sorted(words.items()) for _ in range(count)), trainer)
     letters = {piece for piece in tokenizer.get_vocab() if len(piece) == 1}
     used: Counter[str] = Counter()

@@ -76,7 +76,11 @@ def _pretrained(config: EvaluateConfig) -> dict[str, Any]:
     elsewhere = Path(config.corpus) if config.corpus else None
     results = {name: evaluate_objectives(Path(run), elsewhere=elsewhere, only=config.only, draws=config.draws) for name, run in runs.items()}
     if config.report:
-        command = f"emoscale evaluate model={config.model}" + (f" corpus={config.corpus}" if config.corpus else "") + (f" beside={config.beside}" if config.beside else "")
+        command = (
+            f"emoscale evaluate model={config.model}"
+            + (f" corpus={config.corpus}" if config.corpus else "")
+            + (f" beside={config.beside}" if config.beside else "")
+        )
         write_report(Path(config.report), title="Held-out utterances", sections=heldout_sections(results, command=command))
     first, *others = results
     return results[first] | ({"beside": {name: results[name] for name in others}} if others else {})
@@ -85,10 +89,11 @@ def _pretrained(config: EvaluateConfig) -> dict[str, Any]:
 def _responses(config: EvaluateConfig) -> dict[str, Any]:
     """Generate and judge responses of pre-training runs."""
     rows = {Path(config.model).name: config.model} | config.beside
-    arms = {name.replace("-{seed}", ""): [Path(run.format(seed=seed)) for seed in config.seeds or [""]] for name, run in rows.items()}
+    arms = {name.replace("-{seed}", ""): [Path(run.replace("{seed}", str(seed))) for seed in config.seeds or [""]] for name, run in rows.items()}
     result = score_arms(arms, config.judge, labels=config.labels, label_key=config.label_key, decoding=config.decoding)
     if config.report:
-        command = f"emoscale evaluate model={config.model} judge={config.judge}" + (f" beside={config.beside}" if config.beside else "")
+        more = {"seeds": config.seeds, "beside": config.beside, "decoding": config.decoding, "labels": config.labels}
+        command = f"emoscale evaluate model={config.model} judge={config.judge}" + "".join(f" {key}={value}" for key, value in more.items() if value)
         write_report(Path(config.report), title="Generated responses", sections=response_sections(result, command=command))
     return result
 
@@ -131,7 +136,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         command = f"emoscale evaluate model={config.model} corpus={config.corpus}"
         arms = {Path(config.model).name: scores}
         write_report(
-            Path(config.report), title="Evaluation",
+            Path(config.report),
+            title="Evaluation",
             sections=[scores_section(arms, command=command, source=config.corpus), confusion_section(arms, command=command, source=config.corpus)],
         )
     return scores.to_dict() | {"unanswered": unanswered}

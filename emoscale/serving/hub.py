@@ -1,8 +1,7 @@
-"""Models as users meet them: `emoscale.load(...)`, and `AutoModel.from_pretrained`."""
+"""Models as users meet them: `emoscale.load(...)`."""
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -10,105 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from torch import nn
 
 from emoscale.batch import MODALITIES, Utterance
-from emoscale.config import ConfigError, DataError
+from emoscale.config import ConfigError, DataError, EmoscaleError
 from emoscale.data.collate import pack, split, utterance_or_none
 from emoscale.data.dialogues import NEARBY
 from emoscale.data.forecast import ContextEncoder
 from emoscale.data.labelled import LabelEncoder
 from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
+from emoscale.forms import Manifest, Model
 from emoscale.heads import HEADS
 from emoscale.models.bi_encoder import Aligned
-from emoscale.models.dialogue import DialogueEncoder, DialogueModel
-from emoscale.models.task import Sizes, encode, in_context
-from emoscale.models.unified import initialise
-from emoscale.training.encoders import utterance_encoder
+from emoscale.models.task import encode
+from emoscale.records import check, read_json
+from emoscale.serving.auto import EmoscaleModel
 from emoscale.training.export import MODEL_TYPE, SCHEMA, utterance_shape
 
 if TYPE_CHECKING:
     from emoscale.prepare.extract import Extractor
 
 log = logging.getLogger("emoscale")
+AGAIN = "export the model again"
 MAX_TOKENS = 16_384
 """Packed tokens judged at once."""
-
-
-class EmoscaleConfig(PretrainedConfig):
-    """`config.json` of a model folder; the fields are those of `training.export.Exported`."""
-
-    model_type = MODEL_TYPE
-
-    def __init__(
-        self, shape: dict[str, Any] | None = None, head: dict[str, Any] | None = None, classes: list[str] | None = None,
-        words: list[int] | None = None, template: str = "", modalities: list[str] | None = None, max_text: int = 120, **rest: Any,
-    ) -> None:
-        self.shape, self.head, self.classes, self.words = shape or {}, head or {}, classes or [], words or []
-        self.template, self.modalities, self.max_text = template, modalities or [], max_text
-        super().__init__(**rest)
-
-
-class EmoscaleModel(PreTrainedModel):
-    """The unified transformer, with its fine-tuned head where there is one, as a `transformers` model."""
-
-    config_class = EmoscaleConfig
-    base_model_prefix = "emoscale"
-    main_input_name = "text"
-    _keys_to_ignore_on_load_unexpected = [r"^tasks\."]  # transformers reads a plain list of the class
-
-    def __init__(self, config: EmoscaleConfig) -> None:
-        super().__init__(config)
-        shape = utterance_shape(config.shape)
-        self.backbone: Any = utterance_encoder(shape)
-        if "dialogue" in config.shape:
-            self.backbone = DialogueModel(self.backbone, DialogueEncoder(shape["width"], **config.shape["dialogue"]))
-        self.tasks = nn.ModuleDict()
-        if config.head:
-            kind = HEADS[config.head["name"]]
-            sizes = Sizes(shape["width"], shape["vocabulary"], shape["visual_width"], shape["acoustic_width"])
-            self.tasks[kind.target] = kind(kind.Config(**config.head["options"]), sizes, torch.tensor(config.words))
-        self.post_init()
-
-    @property
-    def transformer(self) -> Any:
-        """What encodes utterances."""
-        return self.backbone.utterance if "dialogue" in self.config.shape else self.backbone
-
-    def tie_weights(self, *args: Any, **given: Any) -> None:
-        """Tie what transformers has loaded, also where a model of its own stands within this one."""
-        super().tie_weights(*args, **given)
-        if "generator" in self.config.shape:
-            self.backbone.tie()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        initialise(module)
-
-    def forward(self, **packed: Any) -> BaseModelOutput:
-        """Give the hidden state of every packed token; see `UnifiedTransformer.forward` for the tensors."""
-        return BaseModelOutput(last_hidden_state=self.transformer(**packed))  # type: ignore[arg-type]  # a Tensor is its FloatTensor
-
-    def scores(self, batch: Any) -> Tensor:
-        """Give [b, c], the scores of the fine-tuned head for a batch of utterances, or of dialogues whose next one it forecasts.
-
-        Raises:
-            ConfigError: the model has no head.
-        """
-        if not self.config.head:
-            raise ConfigError("this is a pre-trained backbone without a head; `emoscale finetune` trains one")
-        name = HEADS[self.config.head["name"]].target
-        task: Any = self.tasks[name]
-        read: Any = in_context if "dialogue" in self.config.shape else encode
-        return task.logits(read(self.backbone, batch), batch.targets[name], batch, self.backbone)
-
-
-def register() -> None:
-    """Make `AutoConfig` and `AutoModel` know these classes."""
-    AutoConfig.register(MODEL_TYPE, EmoscaleConfig, exist_ok=True)
-    AutoModel.register(EmoscaleConfig, EmoscaleModel, exist_ok=True)
 
 
 class EmotionModel:
@@ -124,15 +48,15 @@ class EmotionModel:
     """
 
     def __init__(self, folder: Path, device: str = "") -> None:
-        self.manifest = _read(folder / "preprocessor_config.json")
+        self.manifest: dict[str, Any] = _read(folder / "preprocessor_config.json", Manifest)
         tokenizer = load_tokenizer(str(folder / "tokenizer"), None)
-        shape = utterance_shape(_read(folder / "config.json")["shape"])
-        if len(tokenizer) != shape["vocabulary"]:
-            raise DataError(f"{folder}: the tokenizer has {len(tokenizer)} pieces, the model {shape['vocabulary']}; this is another model's tokenizer")
+        shape = utterance_shape(_read(folder / "config.json", Model)["shape"])
+        if len(tokenizer) != shape.get("vocabulary"):
+            raise DataError(f"{folder}: the tokenizer has {len(tokenizer)} pieces, the model {shape.get('vocabulary')}; this is another model's tokenizer")
         for name, key in {"visual": "visual_width", "acoustic": "acoustic_width", "text_features": "text_width"}.items():
-            given = (self.manifest.get(name) or {"width": 0})["width"]
-            if given != shape.get(key, 0):
-                raise DataError(f"{folder}: preprocessor_config.json gives {given} {name} features, the model takes {shape.get(key, 0)}; it is another model's")
+            width = (self.manifest.get(name) or {"width": 0})["width"]
+            if width != shape.get(key, 0):
+                raise DataError(f"{folder}: preprocessor_config.json gives {width} {name} features, the model takes {shape.get(key, 0)}; it is another model's")
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _load_weights(folder).eval()
         nn.Module.to(self.model, self.device)
@@ -140,15 +64,34 @@ class EmotionModel:
         self.classes: list[str] = list(config.classes)
         template = config.template if config.head.get("name") == "prompt" else ""
         given: dict[str, Any] = {
-            "text": TextEncoder(tokenizer, config.max_text), "visual": Features.from_manifest(self.manifest["visual"]),
-            "acoustic": Features.from_manifest(self.manifest["acoustic"]), "labels": {}, "template": template,
-            "modalities": config.modalities or list(MODALITIES), "text_features": Features.of_text(self.manifest),
+            "text": TextEncoder(tokenizer, config.max_text),
+            "visual": Features.from_manifest(self.manifest["visual"]),
+            "acoustic": Features.from_manifest(self.manifest["acoustic"]),
+            "labels": {},
+            "template": template,
+            "modalities": config.modalities or list(MODALITIES),
+            "text_features": Features.of_text(self.manifest),
         }
         self.forecasts = bool(config.head) and HEADS[config.head["name"]].of_dialogues
         """Whether it tells what comes next in a dialogue, and not what it is shown."""
         self.encoder = ContextEncoder({}, config.head["options"]["length"], **given) if self.forecasts else LabelEncoder(**given)
         self._folder = folder
         self._extractor: Extractor | None = None
+        self._try()
+
+    def _try(self) -> None:
+        """Judge an utterance of no meaning, so that a folder whose parts do not go together is refused here and not at the first film."""
+        if not self.model.config.head:
+            return
+        widths = {name: self.manifest[name]["width"] for name in ("visual", "acoustic") if not self.manifest[name].get("raw")}
+        frames: dict[str, Any] = {name: np.zeros((1, width), np.float16) for name, width in widths.items()}
+        item = Utterance(id="", text="a", **frames)
+        try:
+            self.classify([item, item])
+        except EmoscaleError:
+            raise
+        except Exception as error:  # as where weights are loaded
+            raise DataError(f"{self._folder}: its config.json is not that of its weights ({' '.join(str(error).split())}); {AGAIN}") from error
 
     def utterances(self, media: str | Path) -> list[Utterance]:
         """Cut a film into utterances and extract their features, exactly as `emoscale prepare` does.
@@ -241,7 +184,9 @@ class EmotionModel:
                 hidden: Any = encode(self.model.transformer, batch)
                 lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).to(torch.int64)
                 both = isinstance(hidden, Aligned)
-                parts.append(torch.cat([hidden.text, hidden.picture], 1).float() if both else torch.segment_reduce(hidden.float(), "mean", lengths=lengths, axis=0))
+                parts.append(
+                    torch.cat([hidden.text, hidden.picture], 1).float() if both else torch.segment_reduce(hidden.float(), "mean", lengths=lengths, axis=0)
+                )
             if not parts:
                 raise DataError(f"{path}: holds no utterance to embed")
             mean = torch.cat(parts).mean(0)
@@ -277,12 +222,13 @@ def load(path_or_id: str | Path, *, device: str = "") -> EmotionModel:
             folder = Path(snapshot_download(str(path_or_id)))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise ConfigError(f"{path_or_id}: neither a folder nor a model that can be fetched ({' '.join(str(error).split())})") from error
-    config = _read(folder / "config.json")
+    config: Any = _read(folder / "config.json", dict[str, Any])
     kind, schema = config.get("model_type"), config.get("schema")
     if kind != MODEL_TYPE:
         raise ConfigError(f"{folder}: holds a model of type {kind!r}, not {MODEL_TYPE!r}; `emoscale export` writes the right kind")
     if schema != SCHEMA:
         raise DataError(f"{folder}: schema is {schema!r}, this version reads {SCHEMA}; export the model again with this version")
+    check(config, Model, folder / "config.json", AGAIN)
     if "generator" in config["shape"]:
         from emoscale.serving.respond import Responder
 
@@ -294,19 +240,20 @@ def _load_weights(folder: Path) -> EmoscaleModel:
     """Load the weights, all of them: transformers itself draws at random what a file lacks."""
     try:
         loaded: Any = EmoscaleModel.from_pretrained(folder, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except EmoscaleError:
+        raise
+    except Exception as error:  # a shape of somebody else's makes torch and transformers raise anything
         raise DataError(f"{folder}: its weights cannot be loaded ({' '.join(str(error).split())}); export the model again") from error
     model, report = loaded
     wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if wrong:
-        raise DataError(f"{folder}: config.json and model.safetensors are of different models; {len(wrong)} weights have no counterpart: {', '.join(wrong[:5])}")
+        raise DataError(
+            f"{folder}: config.json and model.safetensors are of different models; {len(wrong)} weights have no counterpart: {', '.join(wrong[:5])}"
+        )
     return model
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, form: Any) -> Any:
     if not path.is_file():
         raise ConfigError(f"{path}: not found; a model folder that `emoscale finetune` or `emoscale export` wrote has it")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); export the model again") from error
+    return read_json(path, form, AGAIN)

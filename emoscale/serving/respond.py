@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +14,16 @@ import torch
 from omegaconf import OmegaConf
 
 from emoscale.batch import Utterance
+from emoscale.codecs import encode_faces
 from emoscale.config import ConfigError, DataError, load
 from emoscale.data.collate import Encoder
 from emoscale.data.labelled import default_key, read_labels
-from emoscale.data.tokens import load_tokenizer
+from emoscale.data.tokens import Pictures, load_tokenizer
 from emoscale.data.turns import RESPONSE, Sample, TurnReader, Turns, pack_turns, within
 from emoscale.evaluation.generation import Responses, compare, similarities, unigram_perplexity
 from emoscale.models.response import ResponseModel
 from emoscale.objectives.response import word_losses
+from emoscale.records import read_arrays, read_lines
 from emoscale.serving.hub import EmotionModel
 from emoscale.serving.hub import load as load_model
 from emoscale.training import checkpoint
@@ -35,7 +37,7 @@ log = logging.getLogger("emoscale")
 MAX_TOKENS = 16_384
 DECODING: dict[str, Any] = {"num_beams": 5}
 """Beam search over five hypotheses, as the released code decodes."""
-ROW = ("dialogue", "id", "text", "visual", "media")
+ROW = ("dialogue", "id", "text", "visual", "picture", "media")
 """What a turn of a file of dialogues may say."""
 SAMPLES = 12
 """Responses that a result shows."""
@@ -61,35 +63,39 @@ class Responder(EmotionModel):
         Raises:
             DataError: a dialogue holds nothing, or features that are not finite.
         """
-        samples = []
-        for number, turns in enumerate(dialogues):
-            asked = [*turns] if turns and not turns[-1].text else [*turns, Utterance(id="")]
-            sample, damaged = self.reader(asked[-self.context - 1 :])
-            if damaged or not sample.turns:
-                raise DataError(f"dialogue {number + 1}: {'features that are not finite in ' + ', '.join(damaged) if damaged else 'holds no turn to respond to'}")
-            samples.append(replace(sample, sizes=replace(sample.sizes, id=str(number))))
-        return generate(self.backbone, self.encoder, samples, decoding or DECODING)
+        return generate(self.backbone, self.encoder, [self.sample(turns, number) for number, turns in enumerate(dialogues)], decoding or DECODING)
+
+    def sample(self, turns: Sequence[Utterance], number: int = 0) -> Sample:
+        """Give what is asked of the model for one dialogue.
+
+        Raises:
+            DataError: as `respond`; `number` names the dialogue.
+        """
+        asked = [*turns] if turns and not turns[-1].text else [*turns, Utterance(id="")]
+        sample, damaged = self.reader(asked[-self.context - 1 :])
+        if damaged or not sample.turns:
+            raise DataError(f"dialogue {number + 1}: {'features that are not finite in ' + ', '.join(damaged) if damaged else 'holds no turn to respond to'}")
+        return replace(sample, sizes=replace(sample.sizes, id=str(number)))
 
     def dialogues(self, path: str | Path) -> dict[str, list[Utterance]]:
         """Read a file of dialogues by their names, a turn per line.
 
-        A line is a JSON object with `text`, and optionally `dialogue` (its name) and either `visual` (frames of face features, as the
-        corpus has them, or a .npy file with them) or `media` (a film whose utterances are turns, instead of a text).
+        A line is a JSON object with `text`, and optionally `dialogue` (its name) and one of `visual` (frames of face features, as the
+        corpus has them, or a .npy file with them), `picture` (a file with a face, where the model sees pictures) and `media` (a film
+        whose utterances are turns, instead of a text).
 
         Raises:
             DataError: a line is no such object, or features are of another width.
         """
         found: dict[str, list[Utterance]] = {}
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines()):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    strange = sorted(set(row) - set(ROW))
-                    if strange:
-                        raise ValueError(f"{', '.join(strange)}: unknown; a turn has {', '.join(ROW)}")
-                    found.setdefault(str(row.get("dialogue", "")), []).extend(self._turns(row, f"{path}:{number + 1}"))
-                except (ValueError, TypeError, AttributeError) as error:
-                    raise DataError(f"{path}, line {number + 1}: {error}") from error
+        for number, row in read_lines(Path(path)):
+            try:
+                strange = sorted(set(row) - set(ROW))
+                if strange:
+                    raise ValueError(f"{', '.join(strange)}: unknown; a turn has {', '.join(ROW)}")
+                found.setdefault(str(row.get("dialogue", "")), []).extend(self._turns(row, f"{path}:{number}"))
+            except (ValueError, TypeError, AttributeError, OverflowError, OSError) as error:
+                raise DataError(f"{path}, line {number}: {error}") from error
         return found
 
     @property
@@ -100,10 +106,29 @@ class Responder(EmotionModel):
     def _turns(self, row: Mapping[str, Any], name: str) -> list[Utterance]:
         if row.get("media"):
             return self.utterances(row["media"])
+        raw = isinstance(self.encoder.visual, Pictures)
+        if row.get("picture" if not raw else "visual"):
+            raise ValueError(
+                "visual: the model sees pictures; give picture or media" if raw else "picture: the model sees features of faces; give visual or media"
+            )
         given = row.get("visual", [])
-        frames = np.atleast_2d(np.load(given) if isinstance(given, str) else np.asarray(given, np.float32)).astype(np.float16)
+        frames = _frames(given)
         item = Utterance(id=str(row.get("id", name)), text=str(row.get("text", "")))
+        if row.get("picture"):
+            from emoscale.prepare.recorded import read_picture
+
+            return [replace(item, faces=encode_faces(read_picture(Path(row["picture"]), math.isqrt(self.encoder.visual.width // 3))[None]))]
         return [replace(item, visual=frames) if frames.size else item]
+
+
+def _frames(given: Any) -> np.ndarray:
+    """Give fp16 [T, D] of what a turn says of its picture: numbers, or a .npy file."""
+    values: Any = read_arrays(given) if isinstance(given, str) else np.asarray(given, np.float32)  # several arrays are refused below
+    frames = np.atleast_2d(values)
+    if frames.ndim != 2 or frames.dtype.kind not in "fiu":
+        raise ValueError(f"visual holds {frames.dtype} of shape {frames.shape}, frames of numbers were expected")
+    with np.errstate(over="ignore"):  # what fp16 cannot hold becomes infinite, and is named then
+        return frames.astype(np.float16)
 
 
 def answers(model: str, files: Sequence[Path], decoding: Sequence[str] = ()) -> list[dict[str, str]]:
@@ -166,7 +191,9 @@ def _batches(encoder: Encoder, samples: Sequence[Sample], device: torch.device) 
         yield whole.to(device), group
 
 
-def score_run(run: Path, judge: EmotionModel, *, labels: str = "", label_key: str = "", decoding: Mapping[str, Any] | None = None) -> tuple[Responses, dict[str, float]]:
+def score_run(
+    run: Path, judge: EmotionModel, *, labels: str = "", label_key: str = "", decoding: Mapping[str, Any] | None = None
+) -> tuple[Responses, dict[str, float]]:
     """Generate a response to every held-out turn (`data.held_out` of the run) with the newest checkpoint, and judge it.
 
     Args:
@@ -177,7 +204,8 @@ def score_run(run: Path, judge: EmotionModel, *, labels: str = "", label_key: st
         decoding: see `Responder.respond`.
 
     Returns:
-        The responses; `unigram` perplexity and how often the judge agrees about what was `said`.
+        The responses; the perplexity of word frequencies (`unigram`) and of knowing nothing (`uniform`), and how often the judge agrees
+        about what was `said`.
 
     Raises:
         ConfigError: the run is of another system, or its own classifier is the judge.
@@ -194,7 +222,7 @@ def score_run(run: Path, judge: EmotionModel, *, labels: str = "", label_key: st
     held = Held(only_held_out(open_all(config.data), read_held_out(config.data.held_out)), train.manifest)
     encoder = make_encoder(config.data, train, load_tokenizer(str(found / "assets" / "tokenizer"), None))
     built = SYSTEMS[config.system].build(config, train, encoder)
-    built.model.load_state_dict(checkpoint.load(found).weights)
+    built.model.load_state_dict(checkpoint.load_weights(found))
     backbone: Any = built.model.eval().backbone
     reader = still(encoder, config.turns.ground, config.turns.frame)
     asked = [[held[member] for member in members] for members in _all(Turns(held, config.turns.context))]
@@ -209,12 +237,22 @@ def score_run(run: Path, judge: EmotionModel, *, labels: str = "", label_key: st
     table = judge.model.backbone.text.words.weight.detach().double().cpu().numpy()
     ids = [[sample.response.ids[1:-1].tolist() for sample in samples], [encoder.text(text).ids[1:-1].tolist() for text in generated]]
     responses = Responses(
-        [item.id for item in last], [item.dialogue for item in last], [item.text for item in last], generated, nll, pieces, similarities(ids[1], ids[0], table),
+        [item.id for item in last],
+        [item.dialogue for item in last],
+        [item.text for item in last],
+        generated,
+        nll,
+        pieces,
+        similarities(ids[1], ids[0], table),
         np.array([one == other for one, other in zip(meant, truth, strict=True)], np.float64),
     )
     trained = [encoder.text(train[members[-1]].text).ids[1:].tolist() for members in _all(Turns(train, config.turns.context))]
     unigram = unigram_perplexity(trained, [sample.response.ids[1:].tolist() for sample in samples], len(encoder.text.tokenizer))
-    return responses, {"unigram": unigram, "said": float(np.mean([one == other for one, other in zip(heard, truth, strict=True)]))}
+    return responses, {
+        "unigram": unigram,
+        "uniform": float(len(encoder.text.tokenizer)),
+        "said": float(np.mean([one == other for one, other in zip(heard, truth, strict=True)])),
+    }
 
 
 def judged(judge: EmotionModel, texts: Sequence[str]) -> list[str | None]:
@@ -234,9 +272,11 @@ def score_arms(arms: Mapping[str, Sequence[Path]], judge: str, **options: Any) -
     scored = {name: [score_run(run, model, **options) for run in runs] for name, runs in arms.items()}
     result: dict[str, Any] = {"arms": compare({name: [responses for responses, _ in runs] for name, runs in scored.items()})}
     for name, runs in scored.items():
-        result["arms"][name] |= {"unigram": runs[0][1]["unigram"]}
+        result["arms"][name] |= {key: runs[0][1][key] for key in ("unigram", "uniform")}
         shown = runs[0][0]
-        result["arms"][name]["samples"] = [{"id": shown.ids[row], "said": shown.said[row], "generated": shown.generated[row]} for row in range(min(SAMPLES, len(shown.ids)))]
+        result["arms"][name]["samples"] = [
+            {"id": shown.ids[row], "said": shown.said[row], "generated": shown.generated[row]} for row in range(min(SAMPLES, len(shown.ids)))
+        ]
     first, constants = next(iter(scored.values()))[0]
     return result | {"responses": len(first.ids), "said": constants["said"], "judge": judge}
 

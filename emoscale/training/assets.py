@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emoscale.config import to_dict
+from emoscale.data.streams import read_manifest
 from emoscale.training.build import Built
 
 
@@ -22,7 +23,7 @@ def write_assets(folder: Path, built: Built, config: Any, corpus: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     built.encoder.text.tokenizer.save_pretrained(folder / "tokenizer")
-    manifest = json.loads((corpus / "manifest.json").read_text())
+    manifest = read_manifest(corpus)
     (folder / "corpus.json").write_text(json.dumps({key: value for key, value in manifest.items() if key != "shards"}, indent=1))
     if (corpus / "teacher").is_dir():
         shutil.copytree(corpus / "teacher", folder / "teacher", dirs_exist_ok=True)

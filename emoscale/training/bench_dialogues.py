@@ -74,9 +74,17 @@ def bench_dialogues(overrides: list[str]) -> dict[str, Any]:
                 taken.append(time.perf_counter() - start)
     fast, slow = (statistics.median(side) for side in times)
     return {
-        "threads": config.threads, "size": config.size, "targets": targets, "utterances_encoded": [once.utterances, each.utterances],
-        "tokens": [once.tokens, each.tokens], "loss_difference": abs(losses[0] - losses[1]) / abs(losses[1]), "per_window_s": fast, "per_target_s": slow,
-        "s_per_target": [fast / targets, slow / targets], "ratio": slow / fast, "wanted": 3.0,
+        "threads": config.threads,
+        "size": config.size,
+        "targets": targets,
+        "utterances_encoded": [once.utterances, each.utterances],
+        "tokens": [once.tokens, each.tokens],
+        "loss_difference": abs(losses[0] - losses[1]) / abs(losses[1]),
+        "per_window_s": fast,
+        "per_target_s": slow,
+        "s_per_target": [fast / targets, slow / targets],
+        "ratio": slow / fast,
+        "wanted": 3.0,
     }
 
 
@@ -85,8 +93,14 @@ def _model(config: DialogueBenchConfig) -> TaskModel:
     shape.validate()
     torch.manual_seed(0)
     utterance = UnifiedTransformer(
-        vocabulary=len(synthetic_tokenizer()), visual_width=1, acoustic_width=ACOUSTIC_WIDTH, layers=shape.layers, width=shape.width, heads=shape.heads,
-        ffn=shape.ffn, dropout=0.0,
+        vocabulary=len(synthetic_tokenizer()),
+        visual_width=1,
+        acoustic_width=ACOUSTIC_WIDTH,
+        layers=shape.layers,
+        width=shape.width,
+        heads=shape.heads,
+        ffn=shape.ffn,
+        dropout=0.0,
     )
     tasks: Any = {name: DIALOGUE_OBJECTIVES[name](DIALOGUE_OBJECTIVES[name].Config()) for name in SEARCHES}  # type: ignore[call-arg]
     return TaskModel(DialogueModel(utterance, DialogueEncoder(shape.width)), tasks, dict.fromkeys(SEARCHES, 0.5), in_context)

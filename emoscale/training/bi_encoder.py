@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,27 +11,23 @@ from emoscale.config import ConfigError
 from emoscale.data.collate import Encoder
 from emoscale.data.loader import StepData, Steps
 from emoscale.data.masking import MaskingPlan
-from emoscale.data.order import Order
 from emoscale.data.pairs import Pairs, PairSteps
 from emoscale.data.streams import Utterances
-from emoscale.data.tokens import Pictures
 from emoscale.models.bi_encoder import BiEncoder, TextPooling, in_pairs
-from emoscale.models.config import ModelConfig, TowerConfig
-from emoscale.models.pictures import PicturePooling, patches_of, side_of, width_of
+from emoscale.models.config import ModelConfig
+from emoscale.models.pictures import PicturePooling, patches_of, width_of
 from emoscale.models.pretrained import described, read_config
 from emoscale.models.task import Task, TaskModel
 from emoscale.objectives.image_text import PAIR_OBJECTIVES
 from emoscale.training.build import Built, read_from
 from emoscale.training.corpora import Opened
-from emoscale.training.encoders import check_words, freeze, load_weights, tower_config
+from emoscale.training.encoders import check_words, freeze, load_weights, picture_shape, tower_config
 from emoscale.training.flops import tower_flops
 
 if TYPE_CHECKING:
     from emoscale.training.run import RunConfig
 
 log = logging.getLogger("emoscale")
-PLAIN = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
-"""Mean and deviation of ViT's pictures."""
 
 
 @dataclass
@@ -83,7 +78,7 @@ def load_pair(model: ModelConfig, backbone: BiEncoder) -> None:
     for name, tower, module in (("text", model.encoders.text, backbone.text.model), ("visual", model.encoders.visual, backbone.picture.model)):
         if tower.source:
             load_weights(tower, module, f"model.encoders.{name}")
-        freeze(tower, module, f"model.encoders.{name}")
+        freeze(tower.freeze, module, f"model.encoders.{name}.freeze")
 
 
 def pair_shape(model: ModelConfig, pair: PairConfig, encoder: Encoder) -> dict[str, Any]:
@@ -95,37 +90,33 @@ def pair_shape(model: ModelConfig, pair: PairConfig, encoder: Encoder) -> dict[s
     text, visual = model.encoders.text, model.encoders.visual
     for name, tower in (("text", text), ("visual", visual)):
         if not tower.given:
-            raise ConfigError(f"model.encoders.{name}: missing; name a source, such as {'bert-base-uncased' if name == 'text' else 'google/vit-base-patch16-224'}, or a type")
+            raise ConfigError(
+                f"model.encoders.{name}: missing; name a source, such as {'bert-base-uncased' if name == 'text' else 'google/vit-base-patch16-224'}, or a type"
+            )
     if model.encoders.acoustic.given or model.init:
-        raise ConfigError(f"{'model.init' if model.init else 'model.encoders.acoustic'}: the bi-encoder has a text and an image encoder with weights of their own; leave it out")
-    words, seen = (tower_config(tower, f"model.encoders.{name}") for name, tower in (("text", text), ("visual", visual)))
-    check_words(text, words, encoder)
-    if not isinstance(encoder.visual, Pictures):
-        raise ConfigError("data.corpora: holds features of faces, no pictures; prepare it with preprocess.visual.encoder=crops")
-    side = math.isqrt(encoder.visual.width // 3)
-    if side_of(seen) != side:
         raise ConfigError(
-            f"model.encoders.visual: takes pictures of {side_of(seen)}×{side_of(seen)}, the corpus has {side}×{side}; "
-            f"prepare it with preprocess.visual.side={side_of(seen)}, or set options.image_size where weights are random"
+            f"{'model.init' if model.init else 'model.encoders.acoustic'}: the bi-encoder has a text and an image encoder with weights of their own; leave it out"
         )
-    mean, std = _normalisation(visual)
+    words = tower_config(text, "model.encoders.text")
+    check_words(text, words, encoder)
+    seen = picture_shape(visual, encoder)
     return {
         "vocabulary": len(encoder.text.tokenizer), "visual_width": encoder.visual.width, "acoustic_width": encoder.acoustic.width, "positions": model.positions,
-        "dropout": model.dropout, "activation_checkpointing": model.activation_checkpointing, "text": described(words), "picture": described(seen), "mean": mean,
-        "std": std, "width": pair.width or width_of(seen), "text_pooling": pair.text_pooling, "picture_pooling": pair.picture_pooling, "project": pair.project,
+        "dropout": model.dropout, "activation_checkpointing": model.activation_checkpointing, "text": described(words), **seen,
+        "width": pair.width or width_of(read_config(seen["picture"])), "text_pooling": pair.text_pooling, "picture_pooling": pair.picture_pooling, "project": pair.project,
         "normalise": pair.normalise,
     }  # fmt: skip
 
 
 def pair_steps(config: RunConfig, opened: Opened, built: Built, world: distributed.World) -> Steps:
     """Give the training sequence of pairs."""
-    if len(opened.stages) > 1 or config.data.weights:
-        raise ConfigError("data.corpora, data.weights: pairs are numbered over all corpora in one pass; leave weights out, and start a new run where a corpus has grown")
-    pairs = Pairs(opened.utterances)
+    if config.data.weights:
+        raise ConfigError("data.weights: pairs of all corpora are drawn alike; leave it out")
+    pairs = Pairs(opened.utterances, opened.known[:-1])
     if pairs.left_out and world.is_main:
         log.info("%d of %d utterances lack a text or a picture and are no pairs", pairs.left_out, pairs.left_out + len(pairs))
     return PairSteps(
-        pairs, Order(len(pairs), config.run.seed, config.data.block), built.encoder, seed=config.run.seed, patches=patches_of(read_config(built.shape["picture"])),
+        pairs, opened.order_of(pairs.held, config.run.seed, config.data.block), built.encoder, seed=config.run.seed, patches=patches_of(read_config(built.shape["picture"])),
         global_batch=config.data.global_batch, max_tokens=config.data.max_tokens, rank=world.rank, world=world.size,
     )  # fmt: skip
 
@@ -136,17 +127,3 @@ def pair_flops(built: Built, data: StepData) -> float:
         tower_flops(built.shape["text"], batch.lengths) + tower_flops(built.shape["picture"], [batch.patches] * batch.utterances)  # type: ignore[attr-defined]  # a PairBatch
         for batch in data.batches
     )
-
-
-def _normalisation(tower: TowerConfig) -> tuple[list[float], list[float]]:
-    """Give what an image encoder's pictures are normalised with: mean and deviation of each colour."""
-    from transformers import AutoImageProcessor
-
-    if not tower.source:
-        return PLAIN
-    try:
-        processor = AutoImageProcessor.from_pretrained(tower.source, use_fast=False)
-        return [float(value) for value in processor.image_mean], [float(value) for value in processor.image_std]
-    except (OSError, ValueError, AttributeError):
-        log.warning("model.encoders.visual: %s has no preprocessor_config.json; colours are mapped to −1 … 1", tower.source)
-        return PLAIN

@@ -37,7 +37,14 @@ class Built:
 
 
 def build(
-    model: ModelConfig, objectives: dict[str, Any], encoder: Encoder, *, seed: int, per_step: bool, modality_dropout: Mapping[str, float] | None = None, expressions: Sequence[str] = ()
+    model: ModelConfig,
+    objectives: dict[str, Any],
+    encoder: Encoder,
+    *,
+    seed: int,
+    per_step: bool,
+    modality_dropout: Mapping[str, float] | None = None,
+    expressions: Sequence[str] = (),
 ) -> Built:
     """Build backbone, objectives and plan; an objective whose data the corpus lacks is off, and the log says so.
 
@@ -116,7 +123,5 @@ def read_objectives(objectives: dict[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, OBJECTIVES, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(OBJECTIVES)}"
             raise ConfigError(f"objectives.{name}: unknown objective; {hint}")
-    configs = {
-        name: from_mapping(kind.Config, objectives[name] or {}, f"objectives.{name}") for name, kind in OBJECTIVES.items() if name in objectives
-    }
+    configs = {name: from_mapping(kind.Config, objectives[name] or {}, f"objectives.{name}") for name, kind in OBJECTIVES.items() if name in objectives}
     return {name: config for name, config in configs.items() if config.mix > 0}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from emoscale.data.streams import Corpus, Selected, Shuffled, Utterances
 from emoscale.data.tokens import Features, TextEncoder
 from emoscale.storage import is_remote
 
+log = logging.getLogger("emoscale")
+
 
 @dataclass
 class DataConfig:
@@ -34,6 +37,9 @@ class DataConfig:
     """How often each corpus is drawn, relative to the others, each in passes of its own; empty = all together in one pass."""
     block: int = 65_536
     """Neighbouring utterances that are shuffled among each other; a cache of storage should hold at least as many."""
+    shuffle_shards: bool = False
+    """Shuffle whole shards anew in every pass, and utterances within blocks of as many shards as hold `block` of them: other neighbours meet
+    in every pass, and a storage's shard is read in one block alone (`system: memobert`)."""
     only: str = ""
     """Train on the utterances whose id begins with this alone (`pretrain/`); empty = on all."""
     fraction: float = 1.0
@@ -98,6 +104,17 @@ class Opened:
     known: list[int]
     """Utterances trained on in each of these stages."""
 
+    def order_of(self, held: Mapping[int, int], seed: int, block: int) -> Order:
+        """Give the training sequence of what is made of utterances: a pass that a growing corpus found in progress ends as it began.
+
+        Args:
+            held: as `held_at` gives it.
+            seed, block: see `Order`.
+        """
+        noticed = {count: stage.place for stage, count in zip(reversed(self.stages), reversed(self.known), strict=True)}
+        first, *grown = [(noticed[utterances], count) for count, utterances in held.items()]
+        return Order(first[1], seed, block, grown)
+
 
 def open_corpora(data: DataConfig, seed: int, known: Sequence[dict[str, Any]] = (), place: int = 0) -> Opened:
     """Open every corpus of a configuration.
@@ -120,9 +137,20 @@ def open_corpora(data: DataConfig, seed: int, known: Sequence[dict[str, Any]] = 
     chosen = bool(data.only or held_out or data.fraction < 1)
     parts = [Selected(corpus, data.only, held_out, data.fraction) if chosen else corpus for corpus in corpora]
     whole = joined(parts, stages)
-    order = sequence(parts, stages, seed, weights=data.weights, block=data.block)
+    order = sequence(parts, stages, seed, weights=data.weights, block=data.block, shards=data.shuffle_shards)
+    _check_cache(corpora, data)
     sizes = [sum(counts) for counts in counts_of(parts, stages)]
     return Opened(Shuffled(whole, seed) if data.shuffle_modalities else whole, order, stages, sizes)
+
+
+def _check_cache(corpora: Sequence[Corpus], data: DataConfig) -> None:
+    """Tell of a cache that a block does not fit into: utterances of a block are read in any order, and shards would come and go for each."""
+    for corpus in corpora:
+        if isinstance(corpus, RemoteCorpus) and (needed := corpus.bytes_of(data.block)) > corpus.limit:
+            log.warning(
+                "%s: data.block=%d utterances take %.2f GB, the cache holds data.cache_gb=%.2f: shards will be fetched many times in a pass; "
+                "lower data.block to %d, or raise data.cache_gb", corpus.name, data.block, needed / 1e9, corpus.limit / 1e9, int(data.block * corpus.limit / needed / 2),
+            )  # fmt: skip
 
 
 def open_all(data: DataConfig) -> list[Corpus]:
@@ -149,7 +177,11 @@ def read_held_out(path: str) -> tuple[str, ...]:
     """
     if not Path(path).is_file():
         raise ConfigError(f"data.held_out: {path} does not exist; it is a text file with one id, or beginning of ids, per line")
-    lines = tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip() and not line.startswith("#"))
+    try:
+        told = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.held_out: {path} is no UTF-8 text ({error}); save it as such") from error
+    lines = tuple(line.strip() for line in told.splitlines() if line.strip() and not line.startswith("#"))
     if not lines:
         raise ConfigError(f"data.held_out: {path} names nothing")
     return lines

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from torch import nn
 
 from emoscale.config import ConfigError
 from emoscale.data.collate import Encoder
+from emoscale.data.tokens import Pictures
 from emoscale.models.bi_encoder import BiEncoder
 from emoscale.models.config import ModelConfig, TowerConfig
+from emoscale.models.pictures import side_of
 from emoscale.models.pretrained import PretrainedEncoders, described, strides
 from emoscale.models.response import ResponseModel
 from emoscale.models.unified import UnifiedTransformer
+from emoscale.records import refuse_kernels
 from emoscale.training.build import backbone_shape
+from emoscale.training.start import freeze
 
 log = logging.getLogger("emoscale")
+PLAIN = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+"""Mean and deviation of ViT's pictures."""
 
 
 def utterance_encoder(shape: dict[str, Any]) -> Any:
     """Build what a shape describes, with random weights."""
-    if "picture" in shape:
-        return BiEncoder(**shape)
     if "generator" in shape:
         return ResponseModel(**shape)
+    if "picture" in shape:
+        return BiEncoder(**shape)
     return PretrainedEncoders(**shape) if "normalise" in shape else UnifiedTransformer(**shape)
 
 
@@ -65,6 +72,25 @@ def check_words(tower: TowerConfig, config: Any, encoder: Encoder) -> None:
         )
 
 
+def picture_shape(tower: TowerConfig, encoder: Encoder) -> dict[str, Any]:
+    """Give what a model that sees pictures is told of its image encoder: `picture`, its configuration, and `mean` and `std` of each colour.
+
+    Raises:
+        ConfigError: it cannot be had, the corpus holds no pictures, or they are of another size.
+    """
+    seen = tower_config(tower, "model.encoders.visual")
+    if not isinstance(encoder.visual, Pictures):
+        raise ConfigError("data.corpora: holds features of faces, no pictures; prepare it with preprocess.visual.encoder=crops")
+    side = math.isqrt(encoder.visual.width // 3)
+    if side_of(seen) != side:
+        raise ConfigError(
+            f"model.encoders.visual: takes pictures of {side_of(seen)}×{side_of(seen)}, the corpus has {side}×{side}; "
+            f"prepare it with preprocess.visual.side={side_of(seen)}, or set options.image_size where weights are random"
+        )
+    mean, std = _normalisation(tower)
+    return {"picture": described(seen), "mean": mean, "std": std}
+
+
 def load_towers(model: ModelConfig, encoders: PretrainedEncoders) -> None:
     """Load the weights of every source and freeze what the configuration says.
 
@@ -75,7 +101,7 @@ def load_towers(model: ModelConfig, encoders: PretrainedEncoders) -> None:
         module = getattr(encoders, name).model
         if tower.source:
             load_weights(tower, module, f"model.encoders.{name}")
-        freeze(tower, module, f"model.encoders.{name}")
+        freeze(tower.freeze, module, f"model.encoders.{name}.freeze")
 
 
 def tower_config(tower: TowerConfig, key: str) -> Any:
@@ -87,13 +113,18 @@ def tower_config(tower: TowerConfig, key: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(tower.source) if tower.source else AutoConfig.for_model(tower.type)
+        config = AutoConfig.from_pretrained(tower.source, trust_remote_code=False) if tower.source else AutoConfig.for_model(tower.type)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {tower.source or tower.type}: no configuration of transformers ({str(error).strip().splitlines()[0]})") from error
     unknown = [name for name in tower.options if not hasattr(config, name)]
     if unknown:
         raise ConfigError(f"{key}.options: {config.model_type} has no {', '.join(unknown)}")
-    config.update(tower.options)
+    if tower.source:
+        config.update(tower.options)
+    else:
+        # What a kind derives from its options, such as the names of its stages, it derives when it is made.
+        config = AutoConfig.for_model(tower.type, **tower.options)
+    refuse_kernels(config.to_dict() | tower.options, key)
     return config
 
 
@@ -104,7 +135,7 @@ def load_weights(tower: TowerConfig, module: nn.Module, key: str) -> None:
         ConfigError: they cannot be loaded, or one is missing or of another shape.
     """
     try:
-        theirs = type(module).from_pretrained(tower.source).float().state_dict()  # type: ignore[attr-defined]  # a transformers model
+        theirs = type(module).from_pretrained(tower.source, weights_only=True).float().state_dict()  # type: ignore[attr-defined]  # a transformers model
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {tower.source} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
     own = module.state_dict()
@@ -115,21 +146,6 @@ def load_weights(tower: TowerConfig, module: nn.Module, key: str) -> None:
     log.info("%s: %s loaded", key, tower.source)
 
 
-def freeze(tower: TowerConfig, module: nn.Module, key: str) -> None:
-    """Keep the parameters whose names begin as `freeze` says from being trained.
-
-    Raises:
-        ConfigError: no name begins so.
-    """
-    for beginning in tower.freeze:
-        chosen = [value for name, value in module.named_parameters() if name.startswith(beginning)]
-        if not chosen:
-            names = sorted({".".join(name.split(".")[:2]) for name, _ in module.named_parameters()})
-            raise ConfigError(f"{key}.freeze: no parameter begins with {beginning!r}; they begin with {', '.join(names[:12])}")
-        for value in chosen:
-            value.requires_grad_(False)
-
-
 def _normalises(tower: TowerConfig) -> bool:
     """Tell whether a speech model was trained on waveforms of mean 0 and deviation 1; those with random weights are."""
     from transformers import AutoFeatureExtractor
@@ -137,7 +153,21 @@ def _normalises(tower: TowerConfig) -> bool:
     if not tower.source:
         return True
     try:
-        return bool(getattr(AutoFeatureExtractor.from_pretrained(tower.source), "do_normalize", True))
+        return bool(getattr(AutoFeatureExtractor.from_pretrained(tower.source, trust_remote_code=False), "do_normalize", True))
     except (OSError, ValueError):
         log.warning("model.encoders.acoustic: %s has no preprocessor_config.json; waveforms are given mean 0 and deviation 1", tower.source)
         return True
+
+
+def _normalisation(tower: TowerConfig) -> tuple[list[float], list[float]]:
+    """Give what an image encoder's pictures are normalised with: mean and deviation of each colour."""
+    from transformers import AutoImageProcessor
+
+    if not tower.source:
+        return PLAIN
+    try:
+        processor = AutoImageProcessor.from_pretrained(tower.source, use_fast=False, trust_remote_code=False)
+        return [float(value) for value in processor.image_mean], [float(value) for value in processor.image_std]
+    except (OSError, ValueError, AttributeError):
+        log.warning("model.encoders.visual: %s has no preprocessor_config.json; colours are mapped to −1 … 1", tower.source)
+        return PLAIN

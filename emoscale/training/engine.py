@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from emoscale import distributed
 from emoscale.config import ConfigError, EmoscaleError
+from emoscale.imports import import_with
+from emoscale.training.norms import NO_CLIPPING, NormLimit
 
-NO_CLIPPING = 1e30
-"""Stands for "off": the norm is still measured, nothing is scaled."""
 GUARDED_STEPS = 2
 """Steps after a start whose backward passes must reach every trained parameter on every rank."""
 NAMED = 5
@@ -73,6 +73,8 @@ class ZeroConfig:
     """Keep parameters in host memory (CUDA only, stage 3)."""
     bucket: int = 50_000_000
     """Elements reduced at once."""
+    live: int = 1_000_000_000
+    """Elements of parameters that stage 3 keeps gathered at most, ahead of their use and between forward and backward."""
 
     def validate(self) -> None:
         """Check the ranges."""
@@ -112,8 +114,11 @@ class Engine:
         self.module: nn.Module = self.engine.module
         self._guarded = GUARDED_STEPS
         self._make_moments()
+        self._norms = NormLimit()
         if self.plain:
-            self._base().register_step_pre_hook(_clipping(optim.clip))
+            self._norms.clip(self._base(), optim.clip)
+        else:
+            self._norms.guard(self.engine.optimizer, zero.stage)
 
     def forward(self, *inputs: Any) -> Any:
         """Run the model."""
@@ -129,18 +134,20 @@ class Engine:
             self._require_all(loss)
         self.engine.backward(loss)
 
-    def step(self, lr: float) -> StepResult:
-        """Update the weights, unless a gradient is not finite (on any rank: then no rank updates)."""
+    def step(self, lr: float, norm_limit: float = math.inf) -> StepResult:
+        """Update the weights, unless a gradient is not finite or their norm exceeds a limit (on any rank: then no rank updates)."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["factor"]
         self._guarded -= 1
+        self._norms.reset(norm_limit)
         if self.plain and not self._finite():
             self.engine.zero_grad()
             return StepResult(math.nan, False)
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
+        norm = self.engine.get_global_grad_norm()
         # A skipped step leaves the norm of the one before.
-        return StepResult(float(self.engine.get_global_grad_norm() or 0.0) if applied else math.nan, applied)
+        return StepResult((0.0 if norm is None else float(norm)) if applied else self._norms.refused, applied)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Give the trained parameters with their names, in a fixed order."""
@@ -150,27 +157,30 @@ class Engine:
 
     def full_weight(self, value: nn.Parameter) -> Tensor:
         """Give one parameter's fp32 master weight, whole, on the host (collective: every rank must call)."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        full = value.detach() if self.plain else safe_get_full_fp32_param(value)
-        assert full is not None
-        return full.detach().float().cpu().clone()
+        return _on_host(self._gathered(value))
 
     def full_moment(self, value: nn.Parameter, key: str) -> Tensor:
         """Give one optimizer moment of a parameter, whole, on the host (collective)."""
-        from deepspeed.utils import safe_get_full_optimizer_state
+        return _on_host(self._gathered(value, key))
 
-        full = self._base().state[value][key] if self.plain else safe_get_full_optimizer_state(value, key)
-        assert full is not None
-        return full.detach().float().cpu().clone()
+    def state(self, *, keep: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        """Give (weights, moments, optimizer step) by parameter name, whole: they depend on neither world nor ZeRO stage (collective).
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-        """Give (weights, moments, optimizer step) by parameter name, whole: they depend on neither world nor ZeRO stage."""
-        weights = {name: self.full_weight(value) for name, value in self.parameters()}
+        Args:
+            keep: False where this rank only takes part: it then holds one parameter at a time, and gives empty dicts.
+        """
+        weights: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+        for name, value in self.parameters():
+            full = self._gathered(value)
+            weights |= {name: _on_host(full)} if keep else {}
         for name, value in self._frozen():
             with self._whole(value):
-                weights[name] = value.detach().float().cpu().clone()
-        moments = {f"{name}.{key}": self.full_moment(value, key) for name, value in self.parameters() for key in self.moments}
+                weights |= {name: _on_host(value)} if keep else {}
+        for name, value in self.parameters():
+            for key in self.moments:
+                full = self._gathered(value, key)
+                moments |= {f"{name}.{key}": _on_host(full)} if keep else {}
         return weights, moments, self._steps_taken()
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
@@ -199,6 +209,16 @@ class Engine:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         return GatheredParameters([value], modifier_rank=0)
+
+    def _gathered(self, value: nn.Parameter, key: str | None = None) -> Tensor:
+        """Give a parameter's fp32 master weight, or one of its moments, whole, where it lies (collective)."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self.plain:
+            return value if key is None else self._base().state[value][key]
+        full = safe_get_full_fp32_param(value) if key is None else safe_get_full_optimizer_state(value, key)
+        assert full is not None
+        return full
 
     def _write(self, value: nn.Parameter, full: Tensor, key: str | None) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -287,7 +307,8 @@ def _deepspeed_config(optim: OptimConfig, zero: ZeroConfig, precision: str) -> d
         "allgather_bucket_size": zero.bucket,
         "stage3_param_persistence_threshold": 10_000,
         "stage3_prefetch_bucket_size": zero.bucket,
-        "stage3_max_live_parameters": 1_000_000_000,
+        "stage3_max_live_parameters": zero.live,
+        "stage3_max_reuse_distance": zero.live,
     }
     if zero.offload_optimizer:
         stage["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -310,6 +331,11 @@ def _deepspeed_config(optim: OptimConfig, zero: ZeroConfig, precision: str) -> d
     }
 
 
+def _on_host(value: Tensor) -> Tensor:
+    """Copy to the host, in fp32: what training does next must not change a state that has been taken."""
+    return value.detach().to("cpu", torch.float32, copy=True)
+
+
 def _leaves(loss: Tensor) -> set[int]:
     """Give the identities of the parameters that a loss depends on."""
     todo, seen, leaves = [loss.grad_fn], set(), set()
@@ -324,24 +350,11 @@ def _leaves(loss: Tensor) -> set[int]:
     return leaves
 
 
-def _clipping(limit: float) -> Callable[..., None]:
-    """Give a hook that measures, leaves where DeepSpeed looks for it, and limits the norm of the reduced gradients.
-
-    In fp32 without ZeRO, DeepSpeed reports no norm.
-    """
-
-    def clip(optimizer: Any, *_: Any) -> None:
-        values = [value for group in optimizer.param_groups for value in group["params"]]
-        optimizer._global_grad_norm = nn.utils.clip_grad_norm_(values, limit or NO_CLIPPING)
-
-    return clip
-
-
 def _optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     groups = _groups(model, optim)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=torch.cuda.is_available())
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
 
 
 def _groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -353,7 +366,9 @@ def _groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     names = [name for name, _ in model.named_parameters()]
     strange = [begin for begin in optim.factors if not any(name.startswith(begin) for name in names)]
     if strange:
-        raise ConfigError(f"optim.factors: no parameter begins with {strange[0]!r}; there are {', '.join(dict.fromkeys('.'.join(name.split('.')[:2]) for name in names))}")
+        raise ConfigError(
+            f"optim.factors: no parameter begins with {strange[0]!r}; there are {', '.join(dict.fromkeys('.'.join(name.split('.')[:2]) for name in names))}"
+        )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, value in model.named_parameters():
         begins = [begin for begin in optim.factors if name.startswith(begin)]
@@ -364,6 +379,11 @@ def _groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     return [{"params": values, "weight_decay": decay, "factor": factor} for (factor, decay), values in ordered]
 
 
+def preload() -> None:
+    """Import ahead of a fork what every rank would import for itself: DeepSpeed, and torch's compiler, which its optimizers take with them."""
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+
+
 def _import_deepspeed() -> Any:
     """Import DeepSpeed with its banner lines off; what matters reaches the log through errors."""
     if not torch.cuda.is_available():
@@ -372,6 +392,8 @@ def _import_deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Every `initialize` imports Muon, which nothing here uses, and to decorate it with `torch.compile` imports Inductor: seconds.
+    import_with("deepspeed.runtime.zero.muon.original_muon", "deepspeed.runtime.compiler", compile=lambda: lambda function: function)
     # Its shared-memory collectives for CPUs are compiled at first use (half a minute); gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)

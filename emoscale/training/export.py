@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from emoscale.config import ConfigError
+from emoscale.forms import Manifest, Model, Options, Widths
+from emoscale.records import check, read_json
 from emoscale.training import checkpoint
 
 MODEL_TYPE = "emoscale"
@@ -61,7 +63,9 @@ def write_model(folder: Path, exported: Exported, state: dict[str, Tensor], *, t
     tokenizer.save_pretrained(aside / "tokenizer")
     source = assets if assets is not None else corpus
     if source is not None:
-        manifest = json.loads((source / ("corpus.json" if assets is not None else "manifest.json")).read_text())
+        manifest = read_json(
+            source / ("corpus.json" if assets is not None else "manifest.json"), Manifest, "prepare the corpus again, or take another checkpoint"
+        )
         kept = {key: value for key, value in manifest.items() if key != "shards"}
         (aside / "preprocessor_config.json").write_text(json.dumps(kept, indent=1, sort_keys=True))
         if (source / "teacher").is_dir():
@@ -85,17 +89,35 @@ def export(source: str | Path, out: str | Path) -> Path:
     source, out = Path(source), Path(out)
     if out.exists():
         raise ConfigError(f"{out}: exists already; name another folder")
-    if (source / "config.json").is_file() and (source / "model.safetensors").is_file():
+    if is_model_folder(source):
         shutil.copytree(source, out)
         return out
+    found = found_checkpoint(source)
+    described = read_json(found / "assets" / "model.json", Options, checkpoint.OLDER)
+    given = check({"shape": described["shape"], "max_text": described["data"].get("max_text")}, Model, found / "assets" / "model.json", checkpoint.OLDER)
+    check(utterance_shape(described["shape"]), Widths, found / "assets" / "model.json", checkpoint.OLDER)
+    exported = Exported(**given)  # type: ignore[arg-type]  # a dictionary of these two
+    tokenizer = load_tokenizer(str(found / "assets" / "tokenizer"), None)
+    return write_model(out, exported, checkpoint.read_tensors(found / "weights.safetensors"), tokenizer=tokenizer, corpus=None, assets=found / "assets")
+
+
+def is_model_folder(source: Path) -> bool:
+    """Tell whether a folder is one that `write_model` wrote."""
+    return (source / "config.json").is_file() and (source / "model.safetensors").is_file()
+
+
+def found_checkpoint(source: Path) -> Path:
+    """Give a checkpoint, or the latest of a run folder, every file of it compared with its hash.
+
+    Raises:
+        ConfigError: there is none.
+        DataError: it is damaged.
+    """
     found = source if (source / "weights.safetensors").is_file() else checkpoint.find_latest(source / "checkpoints")
     if found is None:
         raise ConfigError(f"{source}: neither a model folder, nor a checkpoint, nor a run folder with one")
     checkpoint.verify(found)
-    described = json.loads((found / "assets" / "model.json").read_text())
-    exported = Exported(shape=described["shape"], max_text=described["data"]["max_text"])
-    tokenizer = load_tokenizer(str(found / "assets" / "tokenizer"), None)
-    return write_model(out, exported, load_file(found / "weights.safetensors"), tokenizer=tokenizer, corpus=None, assets=found / "assets")
+    return found
 
 
 def _kind(shape: dict[str, Any]) -> str:
@@ -110,10 +132,16 @@ def _card(exported: Exported) -> str:
     shape = utterance_shape(exported.shape)
     score = exported.score
     lines = [
-        "---", "library_name: transformers", "tags: [emotion-recognition, multimodal, emoscale]", "---", "",
-        f"# emoscale {'emotion model' if exported.head else 'pre-trained backbone'}", "",
+        "---",
+        "library_name: transformers",
+        "tags: [emotion-recognition, multimodal, emoscale]",
+        "---",
+        "",
+        f"# emoscale {'emotion model' if exported.head else 'pre-trained backbone'}",
+        "",
         f"{_kind(shape)} over {', '.join(exported.modalities)}: width {shape['width']}, "
-        f"vocabulary {shape['vocabulary']}, {shape['visual_width']} visual and {shape['acoustic_width']} acoustic features per frame.", "",
+        f"vocabulary {shape['vocabulary']}, {shape['visual_width']} visual and {shape['acoustic_width']} acoustic features per frame.",
+        "",
     ]
     if exported.head:
         lines += [
@@ -125,8 +153,13 @@ def _card(exported: Exported) -> str:
             "",
         ]
     lines += [
-        "```python", "import emoscale", 'rows = emoscale.load("this/folder").predict("film.mp4")', "```", "",
+        "```python",
+        "import emoscale",
+        'rows = emoscale.load("this/folder").predict("film.mp4")',
+        "```",
+        "",
         "Labels describe shown emotion in the training corpus; they are no statement about what a person feels. The licence of the",
-        "weights follows the licence of the corpus they were trained on.", "",
+        "weights follows the licence of the corpus they were trained on.",
+        "",
     ]
     return "\n".join(lines)

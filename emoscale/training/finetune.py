@@ -29,7 +29,8 @@ from emoscale.training.engine import OptimConfig
 from emoscale.training.environment import environment, open_log
 from emoscale.training.finetune_outcomes import Outcome, Outcomes, fingerprint, folder_name
 from emoscale.training.finetune_report import summarise
-from emoscale.training.finetune_run import Arm, Recipe, first_loss_is_finite, run_arm, start_of
+from emoscale.training.finetune_run import Kept, first_loss_is_finite, run_arm
+from emoscale.training.finetune_start import Arm, Recipe, start_of
 from emoscale.training.overlap import heard_before
 from emoscale.training.start import find_checkpoint
 
@@ -45,7 +46,8 @@ class ArmConfig:
     head: dict[str, Any] = field(default_factory=lambda: {"name": "classify"})
     """Head and its options: `{name: classify, pooling: cls}` or `{name: prompt, over: vocabulary}`."""
     mode: Literal["full", "frozen", "lora"] = "full"
-    """What is trained besides the head: everything, nothing, or low-rank additions to the linear layers."""
+    """What is trained besides the head: everything, nothing (its dropout is off, and every utterance is encoded once for all folds and seeds), or
+    low-rank additions to the linear layers."""
     modalities: list[str] = field(default_factory=lambda: ["text", "visual", "acoustic"])
     """Modalities the model sees."""
     fraction: float = 1.0
@@ -175,19 +177,25 @@ def finetune(config: FinetuneConfig) -> Path:
     recipe = _recipe(config)
     if config.selection == "paper":
         log.warning("selection=paper: steps are chosen on the test split, as published; every figure is an upper bound")
-    kept = Outcomes(folder / "outcomes")
+    known, kept = Outcomes(folder / "outcomes"), Kept()
     outcomes: list[Outcome] = []
     for (name, arm), seed, fold in itertools.product(arms.items(), config.seeds, folds):
         train = label_fraction(fold.train, data.labels, arm.fraction, seed)
         made_from = _made_from(config, arm, arm.inits[seed, fold.name]) | {"seed": seed, "fold": fold.name}
-        outcome = kept.find(name, seed, fold.name, made_from)
-        known = "known: " if outcome is not None else ""
+        outcome = known.find(name, seed, fold.name, made_from)
+        told = "known: " if outcome is not None else ""
         if outcome is None:
-            outcome = run_arm(name, arm, recipe, data, fold, train, seed, world, fingerprint(_made_from(config, arm, None)))
+            outcome = run_arm(name, arm, recipe, data, fold, train, seed, world, fingerprint(_made_from(config, arm, None)), kept)
             if world.is_main:
-                kept.keep(outcome, made_from)
+                known.keep(outcome, made_from)
         log.info(
-            "%s%s seed %d fold %s: validation UAR %.3f, test UAR %.3f at step %d", known, name, seed, fold.name, outcome.validation, outcome.test,
+            "%s%s seed %d fold %s: validation UAR %.3f, test UAR %.3f at step %d",
+            told,
+            name,
+            seed,
+            fold.name,
+            outcome.validation,
+            outcome.test,
             outcome.step,
         )
         outcomes.append(outcome)
@@ -199,7 +207,23 @@ def finetune(config: FinetuneConfig) -> Path:
     return folder
 
 
-_ELSEWHERE = {"output", "arms", "init", "head", "mode", "modalities", "fraction", "text_init", "seeds", "run_folds", "compare", "curves", "oracle", "threads", "gather"}
+_ELSEWHERE = {
+    "output",
+    "arms",
+    "init",
+    "head",
+    "mode",
+    "modalities",
+    "fraction",
+    "text_init",
+    "seeds",
+    "run_folds",
+    "compare",
+    "curves",
+    "oracle",
+    "threads",
+    "gather",
+}
 """Keys that an outcome does not depend on, or that its arm, seed and fold say better."""
 
 
@@ -225,9 +249,17 @@ def check(config: FinetuneConfig) -> None:
 
 def _recipe(config: FinetuneConfig) -> Recipe:
     return Recipe(
-        optim=config.optim, batch=config.batch, max_tokens=config.max_tokens, steps=config.steps, eval_every=config.eval_every,
-        patience=config.patience, selection=config.selection, corpus=Path(config.corpus), max_text=config.max_text,
-        models=None if config.save_models == "none" else Path(config.output) / "models", keep_all=config.save_models == "all",
+        optim=config.optim,
+        batch=config.batch,
+        max_tokens=config.max_tokens,
+        steps=config.steps,
+        eval_every=config.eval_every,
+        patience=config.patience,
+        selection=config.selection,
+        corpus=Path(config.corpus),
+        max_text=config.max_text,
+        models=None if config.save_models == "none" else Path(config.output) / "models",
+        keep_all=config.save_models == "all",
     )
 
 
@@ -288,9 +320,17 @@ def _arm(config: FinetuneConfig, arm: ArmConfig, data: LabelledSet, folds: list[
     head = HEADS[arm.head["name"]]
     prompted = head.target == "prompt"
     return Arm(
-        inits, head, from_mapping(head.Config, options, "head"), arm.mode, config.lora_rank, list(arm.modalities),
-        class_words(data.classes, config.verbalisers, tokenizer) if prompted else [-1] * len(data.classes), config.template if prompted else "",
-        replace(config.model, init=arm.text_init or config.model.init), tokenizer, arm.fraction,
+        inits,
+        head,
+        from_mapping(head.Config, options, "head"),
+        arm.mode,
+        config.lora_rank,
+        list(arm.modalities),
+        class_words(data.classes, config.verbalisers, tokenizer) if prompted else [-1] * len(data.classes),
+        config.template if prompted else "",
+        replace(config.model, init=arm.text_init or config.model.init),
+        tokenizer,
+        arm.fraction,
         config.pair,
     )
 
@@ -298,4 +338,6 @@ def _arm(config: FinetuneConfig, arm: ArmConfig, data: LabelledSet, folds: list[
 def _folds(config: FinetuneConfig, data: LabelledSet) -> list[Fold]:
     if config.protocol == "speaker_folds":
         return speaker_folds(data.speakers, data.groups if any(data.groups) else None, config.folds, 0, ids=data.ids)
-    return make_folds(config.protocol, data.speakers, sessions=data.sessions, splits=data.splits, shared_speakers=config.shared_speakers, folds=config.folds, ids=data.ids)
+    return make_folds(
+        config.protocol, data.speakers, sessions=data.sessions, splits=data.splits, shared_speakers=config.shared_speakers, folds=config.folds, ids=data.ids
+    )

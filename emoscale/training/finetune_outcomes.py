@@ -14,6 +14,8 @@ import numpy as np
 
 from emoscale.evaluation.predictions import Predictions
 from emoscale.files import replace_text
+from emoscale.forms import Answers
+from emoscale.records import read_json
 
 log = logging.getLogger("emoscale")
 
@@ -54,14 +56,12 @@ class Outcomes:
         path = self._path(arm, seed, fold)
         if not path.is_file():
             return None
-        found = json.loads(path.read_text())
+        found = read_json(path, Answers, "remove it, and this arm runs again")
         if found["made_from"] != fingerprint(made_from):
             log.info("%s: made from another configuration, corpus or checkpoint; runs again", path)
             return None
         rows = found["rows"]
-        predictions = Predictions(
-            np.array(rows["truth"]), np.array(rows["predicted"]), rows["ids"], rows["speakers"], fold, seed
-        )
+        predictions = Predictions(np.array(rows["truth"]), np.array(rows["predicted"]), rows["ids"], rows["speakers"], fold, seed)
         probabilities = np.array(rows["probabilities"], np.float32)
         return Outcome(arm, seed, fold, found["step"], found["validation"], found["test"], predictions, probabilities, found["labelled"])
 

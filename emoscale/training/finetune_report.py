@@ -18,6 +18,7 @@ from emoscale.evaluation.page import Section
 from emoscale.evaluation.predictions import Predictions
 from emoscale.evaluation.report import (
     Example,
+    classes_section,
     confusion_section,
     examples_section,
     scores_section,
@@ -55,8 +56,16 @@ def summarise(folder: Path, outcomes: list[Outcome], data: LabelledSet, config: 
         "arms": {name: value.to_dict() for name, value in scores.items()},
         "differences": {name: {metric: vars(interval) for metric, interval in rows.items()} for name, rows in differences.items()},
         "runs": [
-            {"arm": o.arm, "seed": o.seed, "fold": o.fold, "step": o.step, "validation_uar": o.validation, "test_uar": o.test,
-             "test_wa": float(np.mean(np.asarray(o.predictions.truth) == np.asarray(o.predictions.predicted))), "labels_used": o.labelled}
+            {
+                "arm": o.arm,
+                "seed": o.seed,
+                "fold": o.fold,
+                "step": o.step,
+                "validation_uar": o.validation,
+                "test_uar": o.test,
+                "test_wa": float(np.mean(np.asarray(o.predictions.truth) == np.asarray(o.predictions.predicted))),
+                "labels_used": o.labelled,
+            }
             for o in outcomes
         ],
     }
@@ -67,7 +76,7 @@ def summarise(folder: Path, outcomes: list[Outcome], data: LabelledSet, config: 
     told = protocol_note(config, outcomes)
     scored = scores_section(scores, command=command, source=source, differences=differences or None, warning=warning)
     sections: list[Section] = [replace(scored, notes=(told, *scored.notes))]
-    sections += [confusion_section(scores, command=command, source=source)]
+    sections += [classes_section(scores, command=command, source=source), confusion_section(scores, command=command, source=source)]
     sections += [speakers_section(runs, command=command, source=str(folder / "predictions.csv"))]
     last = outcomes[-1]
     title = f"Examples: {last.arm}, seed {last.seed}, fold {last.fold}"
@@ -113,8 +122,12 @@ def _examples(last: Outcome, data: LabelledSet, count: int = 24) -> list[Example
     truth = np.asarray(last.predictions.truth)
     return [
         Example(
-            last.predictions.ids[i], texts[last.predictions.ids[i]], data.classes[truth[i]], data.classes[np.asarray(last.predictions.predicted)[i]],
-            dict(zip(data.classes, last.probabilities[i].tolist(), strict=True)), last.predictions.speakers[i],
+            last.predictions.ids[i],
+            texts[last.predictions.ids[i]],
+            data.classes[truth[i]],
+            data.classes[np.asarray(last.predictions.predicted)[i]],
+            dict(zip(data.classes, last.probabilities[i].tolist(), strict=True)),
+            last.predictions.speakers[i],
         )
         for i in range(min(count, len(truth)))
     ]

@@ -12,7 +12,12 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200":
 
 
 def forward_flops(shape: dict[str, Any], lengths: list[int], frames: dict[str, int], masked: dict[str, int]) -> float:
-    """Count multiply-adds as two operations: matrix products only.
+    """Count what `forward_parts` spells out, together."""
+    return sum(forward_parts(shape, lengths, frames, masked).values())
+
+
+def forward_parts(shape: dict[str, Any], lengths: list[int], frames: dict[str, int], masked: dict[str, int]) -> dict[str, float]:
+    """Count multiply-adds as two operations, matrix products only: `embed`, `dense`, `attention` (of valid tokens) and `heads`.
 
     Args:
         shape: keyword arguments of `UnifiedTransformer`.
@@ -21,11 +26,12 @@ def forward_flops(shape: dict[str, Any], lengths: list[int], frames: dict[str, i
         masked: masked units per objective, which pass its head.
     """
     width, tokens = shape["width"], sum(lengths)
-    layer = 2 * tokens * (4 * width * width + 2 * width * shape["ffn"]) + 4 * width * sum(n * n for n in lengths)
+    dense = 2 * tokens * (4 * width * width + 2 * width * shape["ffn"])
+    attention = 4 * width * sum(n * n for n in lengths)
     embed = sum(2 * count * shape[f"{name}_width"] * width for name, count in frames.items())
     out = {"masked_text": shape["vocabulary"], "masked_visual": shape["visual_width"], "masked_acoustic": shape["acoustic_width"]}
     heads = sum(2 * count * width * (width + out.get(name, 0)) for name, count in masked.items())
-    return float(shape["layers"] * layer + embed + heads)
+    return {"embed": float(embed), "dense": float(shape["layers"] * dense), "attention": float(shape["layers"] * attention), "heads": float(heads)}
 
 
 def tower_flops(config: dict[str, Any], lengths: list[int]) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor
 from emoscale.batch import Batch
 from emoscale.config import ConfigError, DataError, load
 from emoscale.data.collate import Encoded, pack, utterance_or_none
+from emoscale.data.frames import Frames
 from emoscale.data.labelled import check_encoders
 from emoscale.data.masking import MaskingPlan, MaskSpec
 from emoscale.data.streams import Corpus, Utterances
@@ -84,7 +85,7 @@ def evaluate_objectives(run: Path, *, elsewhere: Path | None = None, only: str =
         built = build(config.model, config.objectives, encoder, seed=seed, per_step=False, expressions=expressions_of(train))
     else:
         built = SYSTEMS[config.system].build(config, train, encoder)
-    built.model.load_state_dict(checkpoint.load(found).weights)
+    built.model.load_state_dict(checkpoint.load_weights(found))
     built.model.eval()
     result: dict[str, Any] = {"run": str(run), "held_out": len(held), "trained_on": len(train)}
     if config.system == "tcmp":
@@ -113,7 +114,7 @@ def only_held_out(corpora: Sequence[Utterances], prefixes: tuple[str, ...]) -> l
 
 def _baselines(built: Built, train: Utterances) -> Baselines:
     counts = np.ones(built.shape["vocabulary"])
-    sums: dict[str, list[np.ndarray]] = {"visual": [], "acoustic": [], "emotion": []}
+    sums: dict[str, list[np.ndarray | Frames]] = {"visual": [], "acoustic": [], "emotion": []}
     for number in range(len(train)):
         item = built.encoder(train[number])
         if item is not None:
@@ -144,8 +145,13 @@ def _score(built: Built, spec: MaskSpec, held: list[Any], constants: Baselines, 
     low, high = np.quantile((resampled[:, 0] - resampled[:, 1]) / resampled[:, 2], [0.025, 0.975])
     model, baseline, units = table.sum(0)
     return {
-        "model": model / units, "baseline": baseline / units, "difference": (model - baseline) / units, "low": float(low), "high": float(high),
-        "utterances": len(rows), "units": int(units),
+        "model": model / units,
+        "baseline": baseline / units,
+        "difference": (model - baseline) / units,
+        "low": float(low),
+        "high": float(high),
+        "utterances": len(rows),
+        "units": int(units),
     }
 
 

@@ -61,7 +61,7 @@ def score_search(model: TaskModel, held: Utterances, encoder: Encoder, dialogue:
         for whole in steps[step].batches:
             batch: Any = whole
             batch = batch.to(device)
-            found: InContext = model.read(model.backbone, batch)  # type: ignore[assignment]
+            found: InContext = model.read(model.backbone, batch)
             for name, (target, modality) in searches.items():
                 rows, values = batch.targets[target].rows, batch.targets[target].values
                 table = torch.einsum("md,mkd->mk", found.contexts[modality][rows], found.utterances[modality][values]).float().cpu().numpy()

@@ -16,6 +16,7 @@ from emoscale.config import EmoscaleError
 from emoscale.data.loader import StepData
 from emoscale.training.engine import Engine
 from emoscale.training.flops import model_flops_utilisation
+from emoscale.training.guards import Guards
 
 log = logging.getLogger("emoscale")
 MIN_COUNT = 1.0
@@ -32,6 +33,8 @@ class Hooks:
     """Why this rank wants to stop after this step (a signal, early stopping), or empty."""
     flops: Callable[[StepData], float] = lambda data: 0.0
     """Floating-point operations of this rank's forward passes in a step."""
+    stepped: Callable[[int], None] = lambda done: None
+    """Told after every optimizer step how many are done."""
 
 
 @dataclass
@@ -44,8 +47,17 @@ class Result:
 
 
 def train(
-    engine: Engine, steps: Iterator[StepData], tasks: list[str], hooks: Hooks, *, first: int, last: int, log_every: int, save_every: int,
+    engine: Engine,
+    steps: Iterator[StepData],
+    tasks: list[str],
+    hooks: Hooks,
+    *,
+    first: int,
+    last: int,
+    log_every: int,
+    save_every: int,
     max_nonfinite: int,
+    guards: Guards | None = None,
 ) -> Result:
     """Run the steps first … last − 1.
 
@@ -57,40 +69,50 @@ def train(
             gradients were not finite for `max_nonfinite` steps in a row (the utterances are named).
     """
     device, in_a_row, asked, done = distributed.device(), 0, time.perf_counter(), first
+    guards = guards or Guards()
     ranks = torch.distributed.get_world_size()
     while done < last:
         data, counts, ready = _read(steps, tasks, done, hooks.save if done > first else None)
+        guards.stragglers.next_step()
         micro_batches = int(distributed.reduce_max([float(len(data.batches))])[0])
         scales = {name: ranks / max(counts[name], MIN_COUNT) for name in tasks}
         sums: dict[str, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
         for i in range(micro_batches):
             batch = data.batches[i] if i < len(data.batches) else data.batches[0].without_targets()
-            loss, parts = engine.forward(batch.to(device), scales)
+            with guards.stragglers.forward():
+                loss, parts = engine.forward(batch.to(device), scales)
             engine.backward(loss)
             losses.append(loss.detach())
             for name, value in parts.items():
                 sums[name] = sums[name] + value if name in sums else value
         lr = hooks.learning_rate(data.step)
-        outcome = engine.step(lr)
+        outcome = engine.step(lr, guards.spikes.skip_above)
         done = data.step + 1
-        in_a_row = 0 if outcome.applied else in_a_row + 1
-        if not outcome.applied:
+        hooks.stepped(done)
+        in_a_row = 0 if math.isfinite(outcome.grad_norm) else in_a_row + 1
+        if in_a_row:
             _report_nonfinite(data, losses, in_a_row)
+        guards.spikes.see_norm(done, outcome.grad_norm)
+        guards.pace.step(ready - asked, time.perf_counter() - asked)
         if done % log_every == 0 or done == last or not outcome.applied:
             row = _row(data, sums, counts, engine, hooks, lr, outcome.grad_norm, outcome.applied, ready - asked, time.perf_counter() - asked)
-            hooks.track(row)
+            guards.spikes.see_loss(done, row["loss"] or math.nan)
+            hooks.track(row | guards.columns(log_every))
         if in_a_row >= max_nonfinite:
             raise EmoscaleError(
                 f"gradients were not finite for {in_a_row} steps in a row, which is the limit; the utterances are in "
                 "train.log; lower optim.lr, or look at these utterances"
             )
-        asked = time.perf_counter()
-        stopping = distributed.reduce_max([1.0 if hooks.stop() else 0.0])[0] > 0
+        reason = hooks.stop()
+        stopping = distributed.reduce_max([1.0 if reason else 0.0])[0] > 0
         if done % save_every == 0 or done == last or stopping:
+            start = time.perf_counter()
             hooks.save(done)
+            guards.pace.held(time.perf_counter() - start)
+        asked = time.perf_counter()
         if stopping:
-            return Result(done, done == last, hooks.stop() or "asked by another rank")
+            return Result(done, done == last, next(filter(None, distributed.gather_names([reason]))))  # of the ranks, one alone may know
     return Result(last, True, "all steps done")
 
 
@@ -118,12 +140,21 @@ def _read(steps: Iterator[StepData], tasks: list[str], done: int, save: Callable
 
 
 def _row(
-    data: StepData, sums: dict[str, torch.Tensor], counts: dict[str, float], engine: Engine, hooks: Hooks, lr: float, grad_norm: float,
-    applied: bool, waited: float, took: float,
+    data: StepData,
+    sums: dict[str, torch.Tensor],
+    counts: dict[str, float],
+    engine: Engine,
+    hooks: Hooks,
+    lr: float,
+    grad_norm: float,
+    applied: bool,
+    waited: float,
+    took: float,
 ) -> dict[str, Any]:
     """Reduce what one logged step has summed, to one flat row (collective)."""
-    names = sorted(sums)
-    local = [float(sums[name]) for name in names]
+    # A rank without any data of a kind has nothing to say of it, and would sum a shorter row than the others.
+    names = sorted(set(distributed.gather_names(sorted(sums))))
+    local = [float(sums.get(name, 0.0)) for name in names]
     extra = [float(sum(batch.utterances for batch in data.batches)), float(sum(batch.tokens for batch in data.batches)), float(len(data.skipped))]
     *totals, utterances, tokens, skipped = distributed.reduce_sum([*local, *extra])
     waited, took = distributed.reduce_max([waited, took])
@@ -142,12 +173,13 @@ def _row(
         "step_time_s": took,
         "data_wait_s": waited,
         "utterances_per_s": utterances / took,
+        "tokens_per_s": tokens / took,
     }
     row |= {f"loss/{name}": value for name, value in losses.items()} | {name: value for name, value in means.items() if "/" in name}
     if torch.cuda.is_available():
         (flops,) = distributed.reduce_sum([hooks.flops(data)])
         row["mfu"] = model_flops_utilisation(flops / torch.distributed.get_world_size(), took, torch.cuda.get_device_name())
-        row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        (row["memory_gib"],) = distributed.reduce_max([torch.cuda.max_memory_allocated() / 2**30])
     # JSON has no NaN.
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
 

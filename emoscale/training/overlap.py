@@ -11,6 +11,8 @@ from typing import Any
 from emoscale.batch import Utterance
 from emoscale.config import EmoscaleError, from_mapping
 from emoscale.data.overlap import overlaps
+from emoscale.forms import Options
+from emoscale.records import read_json
 from emoscale.storage import is_remote
 from emoscale.training.corpora import DataConfig, open_corpora
 
@@ -45,7 +47,7 @@ def heard_before(checkpoints: Iterable[Path], scored: Sequence[Utterance]) -> li
 
 
 def _trained_on(checkpoint: Path) -> dict[str, Any]:
-    data = json.loads((checkpoint / "assets" / "model.json").read_text())["data"]
+    data = read_json(checkpoint / "assets" / "model.json", Options, "take another checkpoint")["data"]
     return data | {"shuffle_modalities": False}  # a control has heard the same, in another order
 
 

@@ -12,25 +12,26 @@ from emoscale.config import ConfigError, from_mapping
 from emoscale.data.collate import Encoder
 from emoscale.data.loader import StepData, Steps
 from emoscale.data.masking import MaskingPlan, MaskSpec
-from emoscale.data.order import Order
 from emoscale.data.streams import Utterances
 from emoscale.data.turns import EMOTION, RESPONSE, Frame, Ground, TurnReader, Turns, TurnSteps
 from emoscale.models.config import ModelConfig
-from emoscale.models.pretrained import described
+from emoscale.models.pictures import PicturePooling, patches_of
+from emoscale.models.pretrained import described, read_config
 from emoscale.models.response import ResponseModel, in_turns
 from emoscale.models.task import Sizes, Task, TaskModel
 from emoscale.objectives import RESPONSE_OBJECTIVES
 from emoscale.training.build import Built
 from emoscale.training.corpora import Opened
-from emoscale.training.encoders import load_weights, tower_config
-from emoscale.training.start import start_from
+from emoscale.training.encoders import load_weights, picture_shape, tower_config
+from emoscale.training.flops import tower_flops
+from emoscale.training.start import freeze, start_from
 from emoscale.training.text_classifier import load_text_classifier
 
 if TYPE_CHECKING:
     from emoscale.training.run import RunConfig
 
 log = logging.getLogger("emoscale")
-KEY = "model.generator"
+KEY, SEEN = "model.generator", "model.encoders.visual"
 
 
 @dataclass
@@ -43,6 +44,9 @@ class TurnsConfig:
     """Whose pictures are seen: of the `previous` turns, as in the paper; also the face of who responds (`response`); or `none`."""
     frame: Frame = "drawn"
     """Which frame of an utterance is its picture: `drawn` anew in every pass, the `middle` one, or the `mean` of all (of features)."""
+    picture_pooling: PicturePooling = "first"
+    """How an image encoder (`model.encoders.visual`, on a corpus that keeps faces raw) makes one vector of a picture: [CLS], its own
+    pooler, or the mean over its places."""
 
     def validate(self) -> None:
         """Check the range."""
@@ -68,6 +72,12 @@ def build_response(config: RunConfig, corpus: Utterances, encoder: Encoder) -> B
     if config.model.generator.source:
         load_weights(config.model.generator, backbone.model, KEY)
         backbone.tie()
+    if config.model.encoders.visual.source:
+        assert backbone.tower is not None  # `response_shape` gave it a picture
+        load_weights(config.model.encoders.visual, backbone.tower.model, SEEN)
+    if backbone.tower is not None:
+        freeze(config.model.encoders.visual.freeze, backbone.tower.model, f"{SEEN}.freeze")
+    freeze(config.model.generator.freeze, backbone.model, f"{KEY}.freeze")
     if config.model.init:
         start_from(config.model.init, model, tokenizer)
     given = {"ratio", "whole_word"}
@@ -85,6 +95,8 @@ def response_shape(model: ModelConfig, turns: TurnsConfig, encoder: Encoder) -> 
         ConfigError: the generator cannot be had, knows fewer words than the tokenizer or has fewer positions than turns may fill.
     """
     tokenizer, tower = encoder.text.tokenizer, model.generator
+    if model.encoders.text.given or model.encoders.acoustic.given:
+        raise ConfigError("model.encoders: words are read by model.generator, and voices are not heard; leave text and acoustic out")
     if tower.source and model.init:
         raise ConfigError("model.init: model.generator.source brings its own weights; leave one of the two out")
     ours = {
@@ -95,19 +107,31 @@ def response_shape(model: ModelConfig, turns: TurnsConfig, encoder: Encoder) -> 
     if not tower.source:
         known.update({name: value for name, value in ours.items() if name not in tower.options})
     if len(tokenizer) > known.vocab_size:
-        raise ConfigError(f"{KEY}: knows {known.vocab_size} word pieces, the tokenizer has {len(tokenizer)}; set data.tokenizer={tower.source or '<its tokenizer>'}")
+        raise ConfigError(
+            f"{KEY}: knows {known.vocab_size} word pieces, the tokenizer has {len(tokenizer)}; set data.tokenizer={tower.source or '<its tokenizer>'}"
+        )
     longest = 1 + (turns.context + 1) + turns.context * (encoder.text.max_tokens + 1) + 1
     if longest > known.max_position_embeddings:
-        raise ConfigError(f"turns.context: up to {longest} positions are needed, {KEY} has {known.max_position_embeddings}; lower it or data.max_text, or raise model.positions")
+        raise ConfigError(
+            f"turns.context: up to {longest} positions are needed, {KEY} has {known.max_position_embeddings}; lower it or data.max_text, or raise model.positions"
+        )
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    seen = _seen(model, turns, encoder) if model.encoders.visual.given else {}
     known.update({
         "bos_token_id": first, "decoder_start_token_id": first, "eos_token_id": last, "forced_eos_token_id": None, "forced_bos_token_id": None,
         "pad_token_id": tokenizer.pad_token_id,
     })  # fmt: skip
     return {
         "generator": described(known), "vocabulary": len(tokenizer), "width": known.d_model, "visual_width": encoder.visual.width,
-        "acoustic_width": encoder.acoustic.width, "turns": turns.context + 1, "ground": turns.ground, "frame": turns.frame,
-    }  # fmt: skip
+        "acoustic_width": encoder.acoustic.width, "turns": turns.context + 1, "ground": turns.ground, "frame": turns.frame, **seen,
+    } | ({"activation_checkpointing": True} if model.activation_checkpointing else {})  # fmt: skip
+
+
+def _seen(model: ModelConfig, turns: TurnsConfig, encoder: Encoder) -> dict[str, Any]:
+    """Give what the model is told of its image encoder."""
+    if turns.frame == "mean":
+        raise ConfigError(f"turns.frame: mean is of features, {SEEN} sees pictures; take drawn or middle")
+    return picture_shape(model.encoders.visual, encoder) | {"picture_pooling": turns.picture_pooling}
 
 
 def read_response_objectives(objectives: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +145,9 @@ def read_response_objectives(objectives: dict[str, Any]) -> dict[str, Any]:
     for name in objectives:
         if name not in RESPONSE_OBJECTIVES:
             near = difflib.get_close_matches(name, RESPONSE_OBJECTIVES, n=1)
-            raise ConfigError(f"objectives.{name}: unknown objective; {f'did you mean {near[0]!r}?' if near else 'there are ' + ', '.join(RESPONSE_OBJECTIVES)}")
+            raise ConfigError(
+                f"objectives.{name}: unknown objective; {f'did you mean {near[0]!r}?' if near else 'there are ' + ', '.join(RESPONSE_OBJECTIVES)}"
+            )
     wanted = objectives or {name: {} for name in RESPONSE_OBJECTIVES if name != EMOTION}
     configs = {name: from_mapping(kind.Config, wanted[name] or {}, f"objectives.{name}") for name, kind in RESPONSE_OBJECTIVES.items() if name in wanted}
     configs = {name: config for name, config in configs.items() if config.weight > 0 and config.mix > 0}
@@ -132,13 +158,21 @@ def read_response_objectives(objectives: dict[str, Any]) -> dict[str, Any]:
 
 def response_steps(config: RunConfig, opened: Opened, built: Built, world: distributed.World) -> Steps:
     """Give the training sequence of responses."""
-    if len(opened.stages) > 1:
-        raise ConfigError("data.corpora: one has grown, and responses are numbered by all dialogues; start a new run (run.output, model.init=the old one)")
-    turns = Turns(opened.utterances, config.turns.context)
+    if config.data.weights:
+        raise ConfigError("data.weights: responses of all corpora are drawn alike; leave it out")
+    turns = Turns(opened.utterances, config.turns.context, opened.known[:-1])
     reader = TurnReader(built.encoder, ground=config.turns.ground, frame=config.turns.frame, seed=config.run.seed)
     return TurnSteps(
-        opened.utterances, Order(len(turns), config.run.seed, config.data.block), reader, turns, built.plan, pad=built.encoder.text.tokenizer.pad_token_id,
-        global_batch=config.data.global_batch, max_tokens=config.data.max_tokens, rank=world.rank, world=world.size,
+        opened.utterances,
+        opened.order_of(turns.held, config.run.seed, config.data.block),
+        reader,
+        turns,
+        built.plan,
+        pad=built.encoder.text.tokenizer.pad_token_id,
+        global_batch=config.data.global_batch,
+        max_tokens=config.data.max_tokens,
+        rank=world.rank,
+        world=world.size,
     )
 
 
@@ -149,6 +183,9 @@ def response_flops(built: Built, data: StepData) -> float:
     sides = [sum(value.numel() for value in side.layers.parameters()) for side in (model.get_encoder(), model.get_decoder())]
     for batch in data.batches:
         read: Any = batch
+        total += (
+            tower_flops(built.shape["picture"], [patches_of(read_config(built.shape["picture"]))] * len(read.pictures)) if "picture" in built.shape else 0.0
+        )
         places, answers = read.valid.numel(), read.answers.numel()
         total += 2.0 * (places * sides[0] + answers * (sides[1] + width * model.config.vocab_size))
         lengths = (read.valid.shape[1], read.answers.shape[1])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from emoscale.config import ConfigError, DataError
 from emoscale.data.tokens import load_tokenizer
@@ -16,6 +19,8 @@ from emoscale.training import checkpoint
 log = logging.getLogger("emoscale")
 MAY_DIFFER = ("backbone.visual.", "backbone.acoustic.", "backbone.text_features.", "tasks.")
 """Weights that keep their own initialisation where the other run had other features or objectives."""
+NAMED = 5
+"""Weights that a line of the log names; the rest it counts."""
 
 
 def find_checkpoint(path: str) -> Path:
@@ -49,16 +54,31 @@ def start_from(source: str, model: TaskModel, tokenizer: Any) -> None:
         _from_bert(source, model)
 
 
+def freeze(beginnings: Sequence[str], module: nn.Module, key: str) -> None:
+    """Keep the parameters whose names begin so from being trained.
+
+    Raises:
+        ConfigError: no name begins so.
+    """
+    for beginning in beginnings:
+        chosen = [value for name, value in module.named_parameters() if name.startswith(beginning)]
+        if not chosen:
+            names = sorted({".".join(name.split(".")[:2]) for name, _ in module.named_parameters()})
+            raise ConfigError(f"{key}: no parameter begins with {beginning!r}; they begin with {', '.join(names[:12])}")
+        for value in chosen:
+            value.requires_grad_(False)
+
+
 def _from_run(folder: Path, model: TaskModel, tokenizer: Any) -> None:
     if load_tokenizer(str(folder / "assets" / "tokenizer"), None).get_vocab() != tokenizer.get_vocab():
         raise DataError(f"model.init: {folder} has a tokenizer that numbers other words; train both with one (data.tokenizer)")
-    weights, own = checkpoint.load(folder).weights, model.state_dict()
+    weights, own = checkpoint.load_weights(folder), model.state_dict()
     other = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
     wrong = [name for name in other if not name.startswith(MAY_DIFFER)]
     if wrong:
         raise DataError(f"model.init: {folder} is of another shape ({len(wrong)} weights differ, first {wrong[0]}); nothing was loaded")
     model.load_state_dict({name: weights[name] for name in own if name not in other}, strict=False)
-    log.info("model.init: %s loaded%s", folder, f"; not of this shape there: {', '.join(other)}" if other else "")
+    log.info("model.init: %s loaded%s", folder, f"; not of this shape there: {_listed(other)}" if other else "")
 
 
 def _from_bert(source: str, model: TaskModel) -> None:
@@ -69,4 +89,8 @@ def _from_bert(source: str, model: TaskModel) -> None:
         for head in heads:
             head.load_state_dict({ours: weights[theirs] for theirs, ours in MLM_HEAD.items()})
         left = [name for name in left if not name.startswith("cls.predictions")]
-    log.info("model.init: %s loaded%s", source, f"; without a place here: {', '.join(left)}" if left else "")
+    log.info("model.init: %s loaded%s", source, f"; without a place here: {_listed(left)}" if left else "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -12,7 +12,6 @@ from emoscale.data.collate import Encoder
 from emoscale.data.dialogues import DialogueSteps, Windows
 from emoscale.data.loader import StepData, Steps
 from emoscale.data.masking import MaskingPlan
-from emoscale.data.order import Order
 from emoscale.data.streams import Utterances
 from emoscale.models.dialogue import Context, DialogueEncoder, DialogueModel, Scale
 from emoscale.models.pretrained import PretrainedEncoders
@@ -74,23 +73,36 @@ def _memobert(config: RunConfig, corpus: Utterances, encoder: Encoder) -> Built:
     if config.model.encoders.text.given or config.model.encoders.acoustic.given:
         raise ConfigError("model.encoders: system=memobert has one transformer for all modalities; start it from a BERT by model.init, or take system=tcmp")
     return build(
-        config.model, config.objectives, encoder, seed=config.run.seed, per_step=config.data.task_mix == "per_step",
-        modality_dropout=config.data.modality_dropout, expressions=expressions_of(corpus),
+        config.model,
+        config.objectives,
+        encoder,
+        seed=config.run.seed,
+        per_step=config.data.task_mix == "per_step",
+        modality_dropout=config.data.modality_dropout,
+        expressions=expressions_of(corpus),
     )
 
 
 def _utterance_steps(config: RunConfig, opened: Opened, built: Built, world: distributed.World) -> Steps:
     return Steps(
-        opened.utterances, opened.order, built.encoder, built.plan,
-        global_batch=config.data.global_batch, max_tokens=config.data.max_tokens, rank=world.rank, world=world.size,
+        opened.utterances,
+        opened.order,
+        built.encoder,
+        built.plan,
+        global_batch=config.data.global_batch,
+        max_tokens=config.data.max_tokens,
+        rank=world.rank,
+        world=world.size,
     )
 
 
 def _utterance_flops(built: Built, data: StepData) -> float:
     return sum(
         forward_flops(
-            built.shape, (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist(),
-            {"visual": len(batch.visual), "acoustic": len(batch.acoustic)}, {name: targets.count for name, targets in batch.targets.items()},
+            built.shape,
+            (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist(),
+            {"visual": len(batch.visual), "acoustic": len(batch.acoustic)},
+            {name: targets.count for name, targets in batch.targets.items()},
         )
         for batch in data.batches
     )
@@ -129,12 +141,19 @@ def _dialogue_steps(config: RunConfig, opened: Opened, built: Built, world: dist
         raise ConfigError("data.corpora: one has grown, and dialogue.shuffle would deal its utterances anew; choose another run.output")
     windows = Windows(opened.utterances, config.dialogue.length, config.dialogue.stride, same_speaker=config.dialogue.same_speaker,
                       shuffle=config.run.seed if config.dialogue.shuffle else None, stages=opened.known[:-1])  # fmt: skip
-    noticed = {count: stage.place for stage, count in zip(reversed(opened.stages), reversed(opened.known), strict=True)}
-    first, *grown = [(noticed[utterances], held) for held, utterances in windows.held.items()]
     return DialogueSteps(
-        opened.utterances, Order(first[1], config.run.seed, config.data.block, grown), built.encoder, windows,
-        candidates=config.dialogue.candidates, seed=config.run.seed, withhold=config.dialogue.withhold, whole=any(task.over_all_ranks for task in built.model.tasks.values()),  # type: ignore[union-attr]  # all are tasks
-        global_batch=config.data.global_batch, max_tokens=config.data.max_tokens, rank=world.rank, world=world.size,
+        opened.utterances,
+        opened.order_of(windows.held, config.run.seed, config.data.block),
+        built.encoder,
+        windows,
+        candidates=config.dialogue.candidates,
+        seed=config.run.seed,
+        withhold=config.dialogue.withhold,
+        whole=any(task.over_all_ranks for task in built.model.tasks.values()),  # type: ignore[union-attr]  # all are tasks
+        global_batch=config.data.global_batch,
+        max_tokens=config.data.max_tokens,
+        rank=world.rank,
+        world=world.size,
     )
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from emoscale.batch import Targets
 from emoscale.config import ConfigError, DataError
 from emoscale.data.tokens import load_tokenizer
+from emoscale.forms import Model
 from emoscale.heads import HEADS
 from emoscale.models.task import Sizes
 from emoscale.models.unified import UnifiedTransformer
+from emoscale.records import read_json
+from emoscale.training.checkpoint import read_tensors
 
 HEAD = "classify"
 
@@ -70,7 +71,8 @@ class TextClassifier(nn.Module):
             acoustic=acoustic, acoustic_rows=none, acoustic_positions=none, acoustic_masked=none.bool(),
             cu_seqlens=bounds, max_seqlen=max(sizes),
         )  # fmt: skip
-        return self.tasks[HEAD].logits(hidden, Targets(none, none), _Bounds(bounds), self.backbone)
+        head: Any = self.tasks[HEAD]
+        return head.logits(hidden, Targets(none, none), _Bounds(bounds), self.backbone)
 
 
 class _Bounds:
@@ -95,14 +97,16 @@ def load_text_classifier(path: str, tokenizer: Any, key: str) -> TextClassifier:
     folder = Path(path)
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise ConfigError(f"{key}: {path} is no model folder; `emoscale finetune` writes them to <output>/models/<arm>")
-    config = json.loads((folder / "config.json").read_text())
+    config: Any = read_json(folder / "config.json", Model, "fine-tune it again")
     name = config.get("head", {}).get("name")
-    if name != HEAD or "text" not in config["modalities"] or "utterance" in config["shape"] or "text_width" in config["shape"]:
-        raise ConfigError(f"{key}: {path} holds a model with head {name!r} over {', '.join(config['modalities'])}; one that classifies words is needed (head={{name: classify}} modalities=[text])")
+    if name != HEAD or "text" not in config.get("modalities", []) or "utterance" in config["shape"] or "text_width" in config["shape"]:
+        raise ConfigError(
+            f"{key}: {path} holds a model with head {name!r} over {', '.join(config.get('modalities', []))}; one that classifies words is needed (head={{name: classify}} modalities=[text])"
+        )
     if load_tokenizer(str(folder / "tokenizer"), None).get_vocab() != tokenizer.get_vocab():
         raise DataError(f"{key}: {path} has a tokenizer that numbers other words; fine-tune it on a corpus with this run's tokenizer")
     ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
     model = TextClassifier(config["shape"], config["head"]["options"], len(config["classes"]), ends, config["max_text"])
-    weights, own = load_file(folder / "model.safetensors"), model.state_dict()
+    weights, own = read_tensors(folder / "model.safetensors"), model.state_dict()
     model.load_state_dict({name: weights[name] for name in own})
     return model

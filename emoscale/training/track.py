@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from emoscale.config import ConfigError
-from emoscale.files import replace_text
+from emoscale.files import parse_json, replace_text
 
 Backend = Literal["wandb", "tensorboard"]
 
@@ -102,9 +102,12 @@ def trackers(folder: Path, first_step: int, backends: list[Backend], config: dic
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read a metrics file; a line torn by a kill ends it."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows

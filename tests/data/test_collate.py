@@ -11,7 +11,12 @@ from emoscale.data.masking import MaskingPlan, MaskSpec
 from emoscale.data.synthetic import Synthetic
 from tests.packing import encoded, utterance_parts
 
-SPECS = [MaskSpec("masked_text", "text", 2.0), MaskSpec("masked_acoustic", "acoustic"), MaskSpec("masked_visual", "visual"), MaskSpec("visual_emotion", "visual")]
+SPECS = [
+    MaskSpec("masked_text", "text", 2.0),
+    MaskSpec("masked_acoustic", "acoustic"),
+    MaskSpec("masked_visual", "visual"),
+    MaskSpec("visual_emotion", "visual"),
+]
 MODALITY = {spec.name: spec.modality for spec in SPECS}
 SIZES = [(5, 3, 4), (2, 0, 0), (3, 0, 2), (2, 4, 0), (6, 1, 1)]
 
@@ -218,7 +223,12 @@ def test_labels_become_targets_where_every_utterance_has_one() -> None:
 
 
 def utterance(**changes) -> Utterance:
-    given = {"text": "the door", "visual": np.ones((40, 6), np.float16), "visual_emotion": np.full((40, 3), 0.25, np.float16), "acoustic": np.ones((70, 5), np.float16)}
+    given = {
+        "text": "the door",
+        "visual": np.ones((40, 6), np.float16),
+        "visual_emotion": np.full((40, 3), 0.25, np.float16),
+        "acoustic": np.ones((70, 5), np.float16),
+    }
     return Utterance("films/a#0001", **given | changes)
 
 

@@ -119,10 +119,22 @@ def test_packing_by_hand() -> None:
     assert moved.targets["text_search"].values.shape == (3, 3)
 
 
-def steps(talks: Talks, encoder: Encoder, *, rank: int = 0, world: int = 1, max_tokens: int = 1 << 14, candidates: int = 4, whole: bool = False) -> DialogueSteps:
+def steps(
+    talks: Talks, encoder: Encoder, *, rank: int = 0, world: int = 1, max_tokens: int = 1 << 14, candidates: int = 4, whole: bool = False
+) -> DialogueSteps:
     windows = Windows(talks, 5, 3)
     return DialogueSteps(
-        talks, Order(len(windows), 1), encoder, windows, candidates=candidates, seed=1, whole=whole, global_batch=4, max_tokens=max_tokens, rank=rank, world=world
+        talks,
+        Order(len(windows), 1),
+        encoder,
+        windows,
+        candidates=candidates,
+        seed=1,
+        whole=whole,
+        global_batch=4,
+        max_tokens=max_tokens,
+        rank=rank,
+        world=world,
     )
 
 

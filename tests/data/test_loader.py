@@ -18,7 +18,12 @@ from emoscale.data.synthetic import Synthetic
 from tests.data.conftest import COUNT, Listed
 from tests.packing import utterance_parts
 
-SPECS = [MaskSpec("masked_text", "text", 2.0), MaskSpec("masked_acoustic", "acoustic"), MaskSpec("masked_visual", "visual"), MaskSpec("visual_emotion", "visual")]
+SPECS = [
+    MaskSpec("masked_text", "text", 2.0),
+    MaskSpec("masked_acoustic", "acoustic"),
+    MaskSpec("masked_visual", "visual"),
+    MaskSpec("visual_emotion", "visual"),
+]
 GLOBAL_BATCH, STEPS = 16, 6
 
 
@@ -118,7 +123,7 @@ def test_a_rank_whose_whole_share_is_skipped_still_runs_the_model(synthetic: Syn
     items = [Utterance(f"nothing#{i}", acoustic=np.full((2, 5), np.nan, np.float16)) for i in range(GLOBAL_BATCH)]
     data = steps(Listed(items, synthetic.manifest), encoder)[0]
     assert len(data.skipped) == GLOBAL_BATCH
-    batch, = data.batches
+    (batch,) = data.batches
     assert (batch.utterances, batch.tokens) == (0, 2)
     assert set(batch.targets) == {spec.name for spec in SPECS}
     assert not any(target.count for target in batch.targets.values())

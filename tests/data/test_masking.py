@@ -10,7 +10,12 @@ import pytest
 from emoscale.data.masking import MaskingPlan, MaskSpec, Sizes, uniform
 from emoscale.data.tokens import SPECIAL, TextEncoder, Tokens
 
-SPECS = [MaskSpec("masked_text", "text", 2.0), MaskSpec("masked_acoustic", "acoustic"), MaskSpec("masked_visual", "visual"), MaskSpec("visual_emotion", "visual")]
+SPECS = [
+    MaskSpec("masked_text", "text", 2.0),
+    MaskSpec("masked_acoustic", "acoustic"),
+    MaskSpec("masked_visual", "visual"),
+    MaskSpec("visual_emotion", "visual"),
+]
 WORD = SPECS[0]
 SIGMAS = 5.0
 HALF = dict.fromkeys(("text", "visual", "acoustic"), 0.5)

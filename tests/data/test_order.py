@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
 from emoscale.config import DataError
-from emoscale.data.order import CYCLE, Mixture, Order
+from emoscale.data.order import CYCLE, Mixture, Order, held_at
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 100])
@@ -33,6 +35,55 @@ def test_places_are_read_in_any_order_and_blocks_stay_together() -> None:
     blocks = [order.at(place)[1] // 8 for place in range(100)]
     changes = sum(a != b for a, b in zip(blocks, blocks[1:], strict=False))
     assert changes == 12, "13 blocks, each read to its end"
+
+
+CUTS = [0, 7, 8, 20, 33, 34, 50, 71, 90]
+
+
+@pytest.mark.parametrize("block", [1, 9, 30, 1000])
+@pytest.mark.parametrize("count", [1, 8, 60, 100])
+def test_every_pass_over_shuffled_shards_takes_every_utterance_once(count: int, block: int) -> None:
+    order = Order(count, 3, block, cuts=CUTS)
+    shards = len([cut for cut in CUTS if cut < count])
+    passes = []
+    for turn in range(3):
+        places = [order.at(place) for place in range(turn * count, (turn + 1) * count)]
+        assert {found for found, _ in places} == {turn}
+        passes.append([number for _, number in places])
+        assert sorted(passes[-1]) == list(range(count))
+        # A shard is read in one stretch of places that is about a block long.
+        for begins, ends in pairwise([*CUTS[:shards], count]):
+            own = [place for place, number in enumerate(passes[-1]) if begins <= number < ends]
+            assert own[-1] - own[0] < block + max(b - a for a, b in pairwise([*CUTS, 100]))
+    if shards > 3 and block < 100:
+        company = [{frozenset(bisect_right(CUTS, number) for number in found[at : at + 5]) for at in range(0, count, 5)} for found in passes]
+        assert company[0] != company[1], "other shards meet in every pass"
+    assert [Order(count, 3, block, cuts=CUTS).at(place)[1] for place in (count - 1, 0)] == [passes[0][-1], passes[0][0]], (
+        "a place depends on nothing that was read before"
+    )
+    assert count < 60 or [Order(count, 4, block, cuts=CUTS).at(place)[1] for place in range(count)] != passes[0]
+
+
+@pytest.mark.parametrize("cuts", [[], CUTS])
+@pytest.mark.parametrize("block", [1, 9, 30, 1000])
+def test_what_is_read_now_and_next_is_told(cuts: list[int], block: int) -> None:
+    order, place = Order(100, 3, block, cuts=cuts), 0
+    for _ in range(8):
+        end, now, soon = order.reading(place)
+        for at in {place, (place + end) // 2, end - 1}:
+            assert order.reading(at) == (end, now, soon)
+        assert sorted(order.at(at)[1] for at in range(place, end)) == sorted(number for first, last in now for number in range(first, last))
+        assert order.reading(end)[1] == soon
+        place = end
+
+
+@pytest.mark.parametrize("place", [0, 9, 10, 25])
+def test_a_pass_over_shuffled_shards_ends_as_it_began_though_shards_are_added(place: int) -> None:
+    before, order = Order(10, 3, 4, cuts=[0, 3, 5]), Order(10, 3, 4, [(place, 14)], cuts=[0, 3, 5, 10, 12])
+    end = -(-place // 10) * 10
+    assert [order.at(i) for i in range(end)] == [before.at(i) for i in range(end)]
+    for turn in range(3):
+        assert {order.at(end + turn * 14 + i)[1] for i in range(14)} == set(range(14))
 
 
 def test_an_empty_corpus_is_refused() -> None:
@@ -95,3 +146,22 @@ def test_each_stream_of_a_mixture_ends_its_own_pass_before_it_grows() -> None:
     assert {number - 1000 for _, number in own(after)[end : end + 9]} == set(range(9))
     first = lambda order: [found for i in range(200) if (found := order.at(i))[1] < 1000]  # noqa: E731
     assert first(before) == first(after)
+
+
+def test_what_is_made_of_utterances_is_counted_by_stage() -> None:
+    assert held_at([2, 5, 8, 11], [6, 10, 12]) == {2: 6, 3: 10, 4: 12}
+    assert held_at([2, 5], [6, 10, 12]) == {2: 6}, "where nothing came, nothing changes"
+
+
+def test_a_mixture_of_shuffled_shards_keeps_its_passes_and_tells_what_it_reads() -> None:
+    cuts = [[0, 10, 30], [0, 3]]
+    mixed = Mixture([50, 7], [3, 1], 5, lambda part, within: 1000 * part + within, 16, cuts=cuts)
+    places = [mixed.at(place) for place in range(2000)]
+    for part, count in ((0, 50), (1, 7)):
+        own = [number - 1000 * part for _, number in places if number // 1000 == part]
+        assert all(sorted(own[first : first + count]) == list(range(count)) for first in range(0, len(own) - count, count))
+    end, now, soon = mixed.reading(5)
+    assert end == CYCLE
+    for spans in (now, soon):
+        assert {first // 1000 for first, _ in spans} == {0, 1}
+        assert all(first < last for first, last in spans)

@@ -112,3 +112,29 @@ def test_workers_give_what_the_process_gives(pictured: Pictured) -> None:
     for mine, theirs in zip(steps.iterate(0, 3), steps.iterate(0, 3, workers=1), strict=True):
         assert mine.batches[0].ids == theirs.batches[0].ids
         assert torch.equal(mine.batches[0].pictures, theirs.batches[0].pictures)
+
+
+def test_a_pass_begun_before_a_corpus_grew_ends_as_it_began() -> None:
+    """Pairs keep their numbers; new ones come behind them, and a pass in progress knows nothing of them."""
+    after = Pictured(COUNT, lack=0.2)
+    before = Pictured(COUNT, lack=0.2)
+    before.items = before.items[:40]
+    old, new = Pairs(before), Pairs(after, [40])
+    assert new.held == {len(old): 40, len(new): COUNT}
+    assert [new[number].id for number in range(len(old))] == [old[number].id for number in range(len(old))]
+    options = {"encoder": encoder_of(after), "seed": 3, "patches": PATCHES, "global_batch": 1, "max_tokens": 10_000, "rank": 0, "world": 1}
+    alone, noticed = PairSteps(old, Order(len(old), 3), **options), len(old) + 1  # within the second pass
+    resumed = PairSteps(new, Order(len(old), 3, grown=[(noticed, len(new))]), **options)
+    for step in range(2 * len(old)):
+        mine, wanted = resumed[step].batches[0], alone[step].batches[0]
+        assert mine.ids == wanted.ids
+        assert torch.equal(mine.pictures, wanted.pictures)
+    third = [resumed[step].batches[0].ids[0] for step in range(2 * len(old), 2 * len(old) + len(new))]
+    assert sorted(third) == sorted(new[number].id for number in range(len(new)))
+
+
+def test_a_stage_without_pairs_changes_nothing() -> None:
+    pictured = Pictured(20, lack=0.0)
+    for item in pictured.items[12:]:
+        item.text = ""
+    assert Pairs(pictured, [12]).held == {12: 12}

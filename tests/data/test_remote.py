@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from emoscale.config import DataError
 from emoscale.data import remote
+from emoscale.data.order import Order
 from emoscale.data.remote import RemoteCorpus, local_folder
 from emoscale.data.streams import Corpus
 from emoscale.data.synthetic import Synthetic
@@ -139,7 +140,9 @@ def test_a_bad_shard_is_an_error_with_its_name(damage: str, workers: int, copied
         assert not list(read.folder.glob(".*.fetching"))
 
 
-def test_a_shard_that_arrives_damaged_once_is_fetched_again(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shard_that_arrives_damaged_once_is_fetched_again(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     read = RemoteCorpus(f"file://{copied}", tmp_path / "cache", PLENTY)
     bad = copied / "shard.00000.mds"
     whole = bad.read_bytes()
@@ -160,3 +163,89 @@ def test_a_corpus_that_changed_brings_its_new_side_files(copied: Path, tmp_path:
 def test_no_corpus_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"file:///nowhere/manifest\.json: No such file or directory; is there a corpus"):
         RemoteCorpus("file:///nowhere", tmp_path, PLENTY)
+
+
+MANY, SMALL = 240, 1 << 12
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Store a corpus of many shards."""
+    return write_corpus(tmp_path_factory.mktemp("large") / "corpus", Synthetic(MANY, visual_width=6, acoustic_width=5, expressions=3), shard_bytes=SMALL)
+
+
+def fetched_in_passes(
+    large: Path, cache: Path, order: Order, monkeypatch: pytest.MonkeyPatch, *, ahead: bool = False, passes: int = 2
+) -> tuple[list[str], int]:
+    """Read passes through a cache of a quarter of the corpus; give the shards that were fetched, and the largest cache that was seen."""
+    whole = sum(path.stat().st_size for path in large.glob("*.mds"))
+    read = RemoteCorpus(f"file://{large}", cache, whole // 4)
+    found: list[str] = []
+    plain = read.storage.get
+    monkeypatch.setattr(read.storage, "get", lambda name, path: (found.append(name), plain(name, path))[1])
+    told, most = 0, 0
+    for place in range(passes * MANY):
+        if ahead and place == told:
+            told, now, soon = order.reading(place)
+            read.expect(now, soon)
+            if read._ahead is not None:
+                read._ahead.join()
+        read[order.at(place)[1]]
+        most = max(most, sum(path.stat().st_size for path in read.folder.glob("*.mds")))
+    assert most <= read.limit
+    return found, most
+
+
+def test_a_corpus_four_times_the_cache_is_fetched_once_a_pass_where_blocks_fit(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = Corpus(large)
+    cuts = corpus.cuts()
+    shards = len(cuts)
+    assert shards >= 30
+    block = MANY // 10
+    neighbours, _ = fetched_in_passes(large, tmp_path / "a", Order(MANY, 1, block), monkeypatch)
+    whole, _ = fetched_in_passes(large, tmp_path / "b", Order(MANY, 1, block, cuts=cuts), monkeypatch)
+    too_large, _ = fetched_in_passes(large, tmp_path / "c", Order(MANY, 1), monkeypatch, passes=1)
+    print(
+        f"\n{shards} shards, fetched in two passes: {len(neighbours)} with blocks of neighbours, {len(whole)} of shards; in one pass over one block: {len(too_large)}"
+    )
+    assert len(whole) <= 2 * shards
+    assert len(neighbours) <= 2 * (shards + 10)
+    assert len(too_large) > 3 * shards, "the reason why a block must fit into the cache"
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_the_next_block_is_there_when_its_turn_comes(shuffled: bool, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = Corpus(large)
+    order = Order(MANY, 1, MANY // 12, cuts=corpus.cuts() if shuffled else ())
+    read = RemoteCorpus(f"file://{large}", tmp_path, sum(path.stat().st_size for path in large.glob("*.mds")) // 3)
+    place, waited = 0, 0
+    for _ in range(14):
+        end, now, soon = order.reading(place)
+        held = {path.name for path in read.folder.glob("*.mds")}
+        waited += sum(read._shards[shard]["raw_data"]["basename"] not in held for shard in read._shards_of(now)) if place else 0
+        read.expect(now, soon)
+        assert [read[order.at(at)[1]].id for at in range(place, end)] == [corpus[order.at(at)[1]].id for at in range(place, end)]
+        if read._ahead is not None:
+            read._ahead.join(30)
+            assert not read._ahead.is_alive()
+        place = end
+    assert waited == 0
+
+
+def test_what_comes_next_never_drives_out_what_is_read(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of which the cache holds one and a half: half of the next one is fetched ahead, and no shard twice."""
+    cuts = Corpus(large).cuts()
+    found, _ = fetched_in_passes(large, tmp_path, Order(MANY, 1, MANY // 6, cuts=cuts), monkeypatch, ahead=True)
+    assert len(found) <= 2 * len(cuts)
+
+
+def test_a_shard_that_cannot_be_fetched_ahead_is_told_by_who_needs_it(copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read = RemoteCorpus(f"file://{copied}", tmp_path / "cache", PLENTY)
+    (copied / "shard.00003.mds").unlink()
+    with caplog.at_level("WARNING", "emoscale"):
+        read.expect([(0, 1)], [(1, COUNT)])
+        assert read._ahead is not None
+        read._ahead.join(30)
+    assert "nothing more is fetched ahead of time for now: " in caplog.text
+    with pytest.raises(DataError, match=r"shard\.00003\.mds: shard cannot be had"):
+        list(read)

@@ -2,17 +2,22 @@ from __future__ import annotations
 
 import json
 import pickle
+from bisect import bisect_right
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from emoscale.batch import Utterance
 from emoscale.config import DataError
-from emoscale.data.streams import Corpus, Joined, Selected, Shuffled
+from emoscale.data import streams
+from emoscale.data.streams import Corpus, Joined, Selected, Shuffled, Spans
 from emoscale.data.synthetic import Synthetic
+from emoscale.files import file_sha256
 from tests.data.conftest import COUNT, Listed
 
 
@@ -86,8 +91,6 @@ def shard(number: int, change: Callable[[dict[str, Any]], Any]) -> Callable[[Pat
         (lambda f: (f / "shard.00001.mds").write_bytes(b""), "shard.00001.mds: shard is damaged"),
         (lambda f: (f / "shard.00001.mds").write_bytes((f / "shard.00001.mds").read_bytes()[:-1]), "shard.00001.mds: shard is damaged"),
         (lambda f: (f / "shard.00001.mds").unlink(), "shard.00001.mds: shard is missing; copy it from its source"),
-        (shard(1, lambda s: s["raw_data"].update(basename="../shard.00001.mds")), "lies outside the corpus"),
-        (shard(1, lambda s: s["raw_data"].update(basename="/etc/passwd")), "lies outside the corpus"),
         (shard(1, lambda s: s["raw_data"].update(hashes={})), "holds no sha256"),
         (shard(1, lambda s: s["raw_data"].pop("hashes")), "holds no sha256"),
         (shard(1, lambda s: s["column_encodings"].__setitem__(0, "pkl")), "are not an utterance's"),
@@ -115,11 +118,28 @@ def test_a_bad_shard_is_an_error_that_names_it_and_never_a_short_pass(copy: Path
         (lambda f: (f / "index.json").unlink(), "index.json: not found"),
         (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: not readable as JSON"),
         (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json: not readable as JSON"),
-        (lambda f: (f / "manifest.json").write_text("[]"), "holds a list, an object was expected"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "the whole: Input should be a valid dictionary ([] was found)"),
         (lambda f: edit(f / "manifest.json", lambda m: m.update(schema=2)), "manifest schema is 2, this version reads 1"),
         (lambda f: edit(f / "manifest.json", lambda m: m.pop("schema")), "manifest schema is None"),
         (lambda f: edit(f / "manifest.json", lambda m: m.pop("counts")), "are not those of a corpus"),
-        (lambda f: (f / "index.json").write_text("{}"), "are not those of a corpus"),
+        (lambda f: (f / "index.json").write_text("{}"), "index.json: shards: Field required"),
+        (
+            shard(1, lambda s: s["raw_data"].update(basename="../shard.00001.mds")),
+            "shards.1.raw_data.basename: Value error, lies outside the folder ('../shard.00001.mds'",
+        ),
+        (shard(1, lambda s: s["raw_data"].update(basename="/etc/passwd")), "lies outside the folder"),
+        (shard(1, lambda s: s["raw_data"].update(basename="..")), "lies outside the folder"),
+        (shard(1, lambda s: s["raw_data"].update(basename="a/b")), "lies outside the folder"),
+        (shard(1, lambda s: s.update(samples=-1)), "shards.1.samples: Input should be greater than or equal to 0"),
+        (shard(1, lambda s: s.update(samples=1 << 60)), "shards.1.samples: "),
+        (lambda f: edit(f / "manifest.json", lambda m: m["visual"].update(width=1 << 40)), "visual.width: "),
+        (
+            lambda f: edit(
+                f / "manifest.json",
+                lambda m: m["tokenizer"].update(folder="../x") if m.get("tokenizer") else m.update(tokenizer={"folder": "..", "sha256": ""}),
+            ),
+            "tokenizer.folder: ",
+        ),
         (lambda f: edit(f / "index.json", lambda i: i["shards"].pop()), "index.json counts"),
         (lambda f: edit(f / "index.json", lambda i: i["shards"][0].update(samples=1)), "index.json counts"),
     ],
@@ -141,6 +161,64 @@ def test_a_shard_that_vanishes_later_is_named(copy: Path) -> None:
         path.unlink()
     with pytest.raises(DataError, match=r"shard\.00000\.mds: shard can no longer be read"):
         corpus[1]
+
+
+def test_a_shard_is_hashed_once_by_a_process_and_the_workers_it_forks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "hashed"
+    told.touch()
+
+    def hashed(path: Path) -> str:
+        with told.open("a") as file:
+            file.write(f"{path.name}\n")
+        return file_sha256(path)
+
+    monkeypatch.setattr(streams, "file_sha256", hashed)
+    corpus = Corpus(folder)
+    shards = len(corpus.cuts())
+    assert len(list(DataLoader(corpus, batch_size=None, sampler=range(COUNT), num_workers=1))) == COUNT  # type: ignore[arg-type]  # map-style
+    assert len(list(corpus)) == COUNT
+    assert len(list(pickle.loads(pickle.dumps(corpus)))) == COUNT
+    assert sorted(told.read_text().split()) == sorted(path.name for path in folder.glob("*.mds"))
+    assert len(told.read_text().split()) == shards
+
+
+def test_cuts_are_where_shards_begin(folder: Path) -> None:
+    corpus = Corpus(folder)
+    samples = [shard["samples"] for shard in json.loads((folder / "index.json").read_text())["shards"]]
+    assert corpus.cuts() == np.cumsum([0, *samples])[:-1].tolist()
+    chosen = Selected(corpus, without=("synthetic#00000", "synthetic#00003"))
+    assert chosen.cuts()[0] == 0
+    for first, end in pairwise([*chosen.cuts(), len(chosen)]):
+        owners = {bisect_right(corpus.cuts(), chosen._numbers[number]) for number in range(first, end)}
+        assert len(owners) == 1
+    both = Joined([corpus, chosen], [[samples[0] + samples[1], 5]])
+    assert set(both.cuts()) >= {0, samples[0], samples[0] + samples[1], samples[0] + samples[1] + 5}
+    assert both.cuts() == sorted(set(both.cuts()))
+    for first, end in pairwise([*both.cuts(), len(both)]):
+        names = {bisect_right(corpus.cuts(), int(both[number].id.rpartition("#")[2])) for number in range(first, end)}
+        assert len(names) == 1
+
+
+class Told(Corpus):
+    """Remembers what it was told."""
+
+    def expect(self, now: Spans, soon: Spans) -> None:
+        """Keep it."""
+        self.heard = (list(now), list(soon))
+
+
+def test_what_is_expected_of_a_whole_is_told_its_parts(folder: Path) -> None:
+    parts = [Told(folder), Told(folder)]
+    both = Joined(parts, [[10, 4]])
+    both.expect([(8, 12)], [(14, 60), (100, 101)])
+    now, soon = ([[number for first, end in part.heard[which] for number in range(first, end)] for part in parts] for which in (0, 1))
+    assert now == [[8, 9], [0, 1]]
+    assert sorted(both[number].id for number in [*range(14, 60), 100]) == sorted(
+        part[number].id for part, own in zip(parts, soon, strict=True) for number in own
+    )
+    chosen = Selected(parts[0], without=("synthetic#00000",))
+    chosen.expect([(0, 3)], [])
+    assert parts[0].heard == ([(10, 13)], [])
 
 
 def test_joined_corpora_are_numbered_through(folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from emoscale.batch import Utterance
 from emoscale.config import ConfigError, DataError
+from emoscale.data import tokens
 from emoscale.data.tokens import SPECIAL, Features, TextEncoder, load_tokenizer
 from tests.pairs import t5_tokenizer
 
@@ -43,6 +44,39 @@ def test_special_tokens_in_a_text_are_words_like_any_other(tokenizer: Any) -> No
     special = {encoder.cls, encoder.sep, encoder.mask, tokenizer.pad_token_id}
     assert [i for i in found.ids.tolist() if i in special] == [encoder.cls, encoder.sep]
     assert tokenizer("the [SEP]", add_special_tokens=False)["input_ids"][1] == encoder.sep, "the tokenizer itself is as before"
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_remembered_words_are_what_the_tokenizer_makes_of_the_whole_text(kind: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "REMEMBERED", 7)  # forgotten again and again
+    own = tokenizer if kind == "bert" else t5_tokenizer()
+    encoder, draw = TextEncoder(own, 1000), np.random.default_rng(0)
+    words = [
+        "the",
+        "The",
+        "unlikely",
+        "un-likely,",
+        "door.",
+        "[MASK]",
+        "</s>",
+        "<pad>",
+        "[SEP]##ly",
+        "##ly",
+        "\u200b",
+        "é",
+        "日本",
+        "go!go",
+        "x" * 150,
+        "▁",
+        "'s",
+    ]
+    for _ in range(200):
+        text = " ".join(draw.choice(words, int(draw.integers(1, 9))))
+        whole = own(text.split(), is_split_into_words=True, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        found, inner = encoder(text), slice(1 if kind == "bert" else 0, -1)
+        assert found.ids[inner].tolist() == whole["input_ids"]
+        assert found.words[inner].tolist() == whole.word_ids()
+        assert len(encoder._known) <= 7 + 8
 
 
 def test_a_template_is_never_cut_nor_masked(tokenizer: Any) -> None:
@@ -80,6 +114,16 @@ def test_replacements_are_all_but_special_tokens(tokenizer: Any) -> None:
 
 def test_a_tokenizer_is_found_in_the_corpus_or_by_name(folder: Path) -> None:
     assert len(load_tokenizer("", folder)) == len(load_tokenizer(str(folder / "tokenizer"), None))
+
+
+def test_a_folder_gives_the_tokenizer_that_transformers_chooses_for_it(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    usual, ours = AutoTokenizer.from_pretrained(folder / "tokenizer"), load_tokenizer("", folder)
+    assert type(ours) is type(usual)
+    assert ours.get_vocab() == usual.get_vocab()
+    for text in ("the door is OPEN", "unheard-of [MASK] words", ""):
+        assert ours(text)["input_ids"] == usual(text)["input_ids"]
 
 
 def test_tokenizers_that_cannot_be_used_are_named(folder: Path, tmp_path: Path, tokenizer: Any) -> None:
@@ -130,7 +174,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
 
 def test_frames_are_cut_and_normalised() -> None:
     features = Features.from_manifest(manifest())
-    found = features(np.array([[3, 3]] * 5, np.float16), Utterance("a"))
+    found = np.asarray(features(np.array([[3, 3]] * 5, np.float16), Utterance("a")))
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, [[1.0, 1.0]] * 3)
     assert len(Features.from_manifest(manifest(), 4)(np.zeros((5, 2), np.float16), Utterance("a"))) == 4
@@ -138,7 +182,7 @@ def test_frames_are_cut_and_normalised() -> None:
 
 def test_normalisation_is_not_done_in_half_precision() -> None:
     features = Features.from_manifest(manifest(mean=[60000.0, 0.0], std=[0.5, 1.0]))
-    assert features(np.array([[65000, 0]], np.float16), Utterance("a")).tolist() == [[float(np.float16(65000)) * 2 - 120000.0, 0.0]]
+    assert np.asarray(features(np.array([[65000, 0]], np.float16), Utterance("a"))).tolist() == [[float(np.float16(65000)) * 2 - 120000.0, 0.0]]
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 2), (0, 9)])

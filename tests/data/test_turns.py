@@ -55,7 +55,9 @@ def chats(synthetic: Synthetic) -> Chats:
     return Chats(synthetic)
 
 
-def steps(chats: Chats, encoder: Encoder, *, rank: int = 0, world: int = 1, max_tokens: int = 4096, specs: list[MaskSpec] = SPECS, ground: str = "response") -> TurnSteps:
+def steps(
+    chats: Chats, encoder: Encoder, *, rank: int = 0, world: int = 1, max_tokens: int = 4096, specs: list[MaskSpec] = SPECS, ground: str = "response"
+) -> TurnSteps:
     turns = Turns(chats, 3)
     reader = TurnReader(encoder, ground=ground, seed=5)  # type: ignore[arg-type]
     return TurnSteps(chats, Order(len(turns), 5), reader, turns, MaskingPlan(specs, 5), pad=0, global_batch=8, max_tokens=max_tokens, rank=rank, world=world)
@@ -64,9 +66,7 @@ def steps(chats: Chats, encoder: Encoder, *, rank: int = 0, world: int = 1, max_
 def test_a_response_has_words_and_follows_at_most_so_many_turns(chats: Chats) -> None:
     turns = Turns(chats, 3)
     found = [turns.at(number) for number in range(len(turns))]
-    assert sorted(members[-1] for members in found) == [
-        number for number, item in enumerate(chats.items) if item.index > 0 and item.text
-    ]
+    assert sorted(members[-1] for members in found) == [number for number, item in enumerate(chats.items) if item.index > 0 and item.text]
     for members in found:
         assert members == list(range(members[0], members[-1] + 1))
         assert len({chats[member].dialogue for member in members}) == 1
@@ -84,7 +84,9 @@ def test_whose_picture_is_seen(chats: Chats, encoder: Encoder) -> None:
     assert not seen["none"].pictures
     for sample in seen.values():
         assert sample.response.ids.tolist() == encoder.text(members[3].text).ids.tolist()
-        assert not set(sample.words.ids.tolist()) & (set(sample.response.ids.tolist()) - {i for item in members[:3] for i in encoder.text(item.text).ids.tolist()})
+        assert not set(sample.words.ids.tolist()) & (
+            set(sample.response.ids.tolist()) - {i for item in members[:3] for i in encoder.text(item.text).ids.tolist()}
+        )
 
 
 def test_turns_stand_behind_one_another_with_their_distance(chats: Chats, encoder: Encoder) -> None:
@@ -99,12 +101,15 @@ def test_turns_stand_behind_one_another_with_their_distance(chats: Chats, encode
 
 def test_a_picture_is_a_frame_of_its_utterance(chats: Chats, encoder: Encoder) -> None:
     item = next(item for item in chats.items if len(item.visual) > 8)
-    normal = encoder.visual(item.visual, item)
+    normal = np.asarray(encoder.visual(item.visual, item))
     pair = [item, replace(item, id="next")]
     drawn = {TurnReader(encoder, seed=1)(pair, turn)[0].pictures[0].picture.tobytes() for turn in range(12)}  # type: ignore[union-attr]
     assert len(drawn) > 3
     assert drawn <= {frame.tobytes() for frame in normal}
-    for frame, wanted, emotion in (("middle", normal[len(normal) // 2], item.visual_emotion[len(normal) // 2]), ("mean", normal.mean(0), item.visual_emotion[: len(normal)].astype(np.float32).mean(0))):
+    for frame, wanted, emotion in (
+        ("middle", normal[len(normal) // 2], item.visual_emotion[len(normal) // 2]),
+        ("mean", normal.mean(0), item.visual_emotion[: len(normal)].astype(np.float32).mean(0)),
+    ):
         seen = TurnReader(encoder, frame=frame)(pair)[0].pictures[0]  # type: ignore[arg-type]
         np.testing.assert_allclose(seen.picture, wanted, rtol=1e-5)
         np.testing.assert_allclose(seen.emotion, emotion, rtol=1e-3)
@@ -120,6 +125,9 @@ def test_raw_pictures_are_chosen_from_what_they_show(synthetic: Synthetic, encod
     crops = raw.visual(item.visual, item)
     assert seen.picture is not None
     np.testing.assert_array_equal(seen.picture, crops[len(crops) // 2])
+    np.testing.assert_array_equal(seen.emotion, item.visual_emotion[len(crops) // 2].astype(np.float32))
+    with pytest.raises(DataError, match="pictures end within one"):
+        TurnReader(raw)([replace(item, faces=item.faces[:-1]), item])
 
 
 def test_frames_that_are_not_finite_cost_the_picture_alone(chats: Chats, encoder: Encoder) -> None:
@@ -139,7 +147,9 @@ def test_each_objective_sees_its_part(chats: Chats, encoder: Encoder) -> None:
         owner = {name: (read.targets[name].rows // width).tolist() for name in (IMAGE, SEQUENCE, MASKED)}
         pictures, words = (read.picture_rows // width).tolist(), (read.text_rows // width).tolist()
         for row in range(len(read.ids)):
-            told = {name for name, rows in owner.items() if row in rows} | ({RESPONSE} if read.targets[RESPONSE].count and row in read.answer_of.tolist() else set())
+            told = {name for name, rows in owner.items() if row in rows} | (
+                {RESPONSE} if read.targets[RESPONSE].count and row in read.answer_of.tolist() else set()
+            )
             seen.add(frozenset(told))
             if IMAGE in told:
                 assert (pictures.count(row), words.count(row), told) == (1, 0, {IMAGE})
@@ -238,3 +248,38 @@ def test_a_table_needs_pictures_of_one_width(chats: Chats, encoder: Encoder) -> 
     batch = pack_turns([sample], picture_width=6, classes=3, pad=0)
     assert batch.pictures.shape == (0, 6)
     assert batch.emotions.shape == (0, 3)
+
+
+def grown(synthetic: Synthetic) -> tuple[Chats, Chats]:
+    """Give dialogues, and the same with more behind them; the last old one seems to go on."""
+    before, after = Chats(synthetic), Chats(synthetic, LENGTHS | {"e": 6, "f": 4})
+    for item in after.items[len(before) : len(before) + 2]:
+        item.dialogue = before.items[-1].dialogue
+    return before, after
+
+
+def test_responses_keep_their_numbers_when_a_corpus_grows(synthetic: Synthetic) -> None:
+    before, after = grown(synthetic)
+    border = len(before)
+    old, new = Turns(before, 3), Turns(after, 3, [border])
+    assert new.held == {len(old): border, len(new): len(after)}
+    assert [new.at(number) for number in range(len(old))] == [old.at(number) for number in range(len(old))]
+    later = {member for number in range(len(old), len(new)) for member in new.at(number)}
+    assert later
+    assert min(later) >= border
+    assert Turns(Chats(synthetic, LENGTHS | {"e": 1}), 3, [border]).held == {len(old): border}, "a stage without a response changes nothing"
+
+
+def test_a_pass_begun_before_a_corpus_grew_ends_as_it_began(synthetic: Synthetic, encoder: Encoder) -> None:
+    before, after = grown(synthetic)
+    old, new = Turns(before, 3), Turns(after, 3, [len(before)])
+    made = lambda chats, order, turns: TurnSteps(  # noqa: E731
+        chats, order, TurnReader(encoder, seed=5), turns, MaskingPlan(SPECS, 5), pad=0, global_batch=1, max_tokens=4096, rank=0, world=1
+    )
+    alone = made(before, Order(len(old), 5), old)
+    resumed = made(after, Order(len(old), 5, grown=[(len(old) + 1, len(new))]), new)  # noticed within the second pass
+    for step in range(2 * len(old)):
+        assert parts(resumed[step].batches) == parts(alone[step].batches)
+    third = range(2 * len(old), 2 * len(old) + len(new))
+    asked = sorted(new.at(resumed.order.at(step)[1])[-1] for step in third)
+    assert asked == sorted(new.at(number)[-1] for number in range(len(new)))

@@ -11,7 +11,7 @@ def arm(value: float, **more: dict) -> dict:
     for name in more:
         measures[name]["difference"] = more[name]
     samples = [{"id": "a#0001", "said": "we go", "generated": "<b>home</b>"}]
-    return measures | {"dist_1": 0.25, "dist_2": 0.5, "unigram": 99.4, "samples": samples}
+    return measures | {"dist_1": 0.25, "dist_2": 0.5, "unigram": 99.4, "uniform": 30522.0, "samples": samples}
 
 
 def test_a_row_per_arm_with_its_difference() -> None:
@@ -21,6 +21,7 @@ def test_a_row_per_arm_with_its_difference() -> None:
     assert "60.0 (50.0 … 70.0)" in table.html
     assert "40.0 (30.0 … 50.0) [+20.0 (-5.0 … +40.0)]" in table.html
     assert "99.4" in table.html
+    assert table.html.count("30,522") == 2
     assert any("349 held-out responses" in note and "88.8 of the true ones" in note and "full less this row" in note for note in table.notes)
     assert samples.html.count("&lt;b&gt;home&lt;/b&gt;") == 2
     assert "<b>home" not in samples.html

@@ -118,13 +118,8 @@ def test_a_system_does_not_differ_from_itself() -> None:
 
 def test_paired_difference_matches_rows_by_id() -> None:
     first, second = _systems(0.05)
-    turned = [
-        Predictions(run.truth[::-1], run.predicted[::-1], run.ids[::-1], run.speakers[::-1], seed=run.seed)
-        for run in second
-    ]
-    assert paired_difference(first, turned, CLASSES, unit="utterance") == paired_difference(
-        first, second, CLASSES, unit="utterance"
-    )
+    turned = [Predictions(run.truth[::-1], run.predicted[::-1], run.ids[::-1], run.speakers[::-1], seed=run.seed) for run in second]
+    assert paired_difference(first, turned, CLASSES, unit="utterance") == paired_difference(first, second, CLASSES, unit="utterance")
 
 
 def test_recall_at() -> None:

@@ -19,9 +19,7 @@ def test_section_shows_warning_notes_and_origin_and_is_linked() -> None:
     bare = page("t", "s", [Section("First", "<p>one</p>")])
     assert 'class="warning"' not in bare
     assert 'class="source"' not in bare
-    full = page(
-        "t", "s", [Section("A", ""), Section("B & C", "<p>x</p>", "run <it>", "m.json", ("take care",), "on test")]
-    )
+    full = page("t", "s", [Section("A", ""), Section("B & C", "<p>x</p>", "run <it>", "m.json", ("take care",), "on test")])
     assert '<a href="#s1">B &amp; C</a>' in full
     assert full.index("on test") < full.index("<p>x</p>") < full.index("take care") < full.index("run &lt;it&gt;")
     assert "<code>m.json</code>" in full

@@ -24,9 +24,7 @@ from emoscale.evaluation.protocols import (
 
 def _speakers(count: int, seed: int = 0) -> list[str]:
     generator = np.random.default_rng(seed)
-    return generator.permutation(
-        np.repeat([f"s{n:02d}" for n in range(count)], generator.integers(3, 40, count))
-    ).tolist()
+    return generator.permutation(np.repeat([f"s{n:02d}" for n in range(count)], generator.integers(3, 40, count))).tolist()
 
 
 def _assert_partition(folds: list[Fold], speakers: list[str]) -> None:
@@ -66,9 +64,7 @@ def test_groups_stay_together() -> None:
     found = speaker_folds(speakers, sessions, 3, 0)
     _assert_partition(found, speakers)
     for fold in found:
-        inside, outside = (
-            {sessions[row] for row in rows} - {""} for rows in (fold.test, [*fold.train, *fold.validation])
-        )
+        inside, outside = ({sessions[row] for row in rows} - {""} for rows in (fold.test, [*fold.train, *fold.validation]))
         assert not inside & outside
     with pytest.raises(DataError, match=r"6 separable speakers .* for 7 folds"):
         speaker_folds(speakers, sessions, 7, 0)

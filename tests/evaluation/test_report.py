@@ -15,6 +15,7 @@ from emoscale.evaluation.protocols import choose_checkpoint
 from emoscale.evaluation.report import (
     Example,
     Section,
+    classes_section,
     confusion_section,
     examples_section,
     scores_section,
@@ -63,10 +64,7 @@ def _arms() -> dict[str, list[Predictions]]:
     hard = generator.random(200)
     arms = {"ours": 0.8, "scratch & none": 0.5}
     return {
-        arm: [
-            Predictions(truth, np.where(hard < share, truth, OTHER if share < 0.7 else 0), ids, speakers, seed=seed)
-            for seed in range(2)
-        ]
+        arm: [Predictions(truth, np.where(hard < share, truth, OTHER if share < 0.7 else 0), ids, speakers, seed=seed) for seed in range(2)]
         for arm, share in arms.items()
     }
 
@@ -84,6 +82,7 @@ def _report(path: Path) -> str:
     ]
     sections = [
         scores_section(scores, differences=differences, warning=flag, **where),
+        classes_section(scores, **where),
         confusion_section(scores, **where),
         speakers_section(arms, **where),
         examples_section(examples, worst=1, **where),
@@ -118,7 +117,7 @@ def test_report_says_what_it_shows(tmp_path: Path) -> None:
     for short, definition in DEFINITIONS.values():
         assert short in text
         assert definition in text
-    assert text.count(COMMAND) == text.count(SOURCE) == 4
+    assert text.count(COMMAND) == text.count(SOURCE) == 5
     assert EVIL in text
     assert "oracle upper bound" in text
     assert "30 speakers" in text
@@ -137,6 +136,15 @@ def test_numbers_are_those_of_the_scores() -> None:
     heat = confusion_section(scores, command=COMMAND, source=SOURCE).html
     counts = re.findall(r"<small>(\d+)</small>", heat)
     assert list(map(int, counts)) == [n for arm in scores.values() for row in arm.confusion for n in row]
+
+
+def test_every_class_has_its_f1() -> None:
+    """Two of three right of one class, and one answer too many of the other: 2·2/(3 + 2) and 2·1/(1 + 2)."""
+    scores = {"ours": score_runs([Predictions([0, 0, 0, 1], [0, 0, 1, 1])], ["anger", "sad"])}
+    html = classes_section(scores, command=COMMAND, source=SOURCE).html
+    rows = [re.sub("<[^>]+>", " ", row).split() for row in html.split("<tr>")]
+    assert ["anger", "3", "80.0"] in rows
+    assert ["sad", "1", "66.7"] in rows
 
 
 def test_speakers_are_ordered_from_hardest() -> None:

@@ -24,9 +24,7 @@ def test_interval_over_utterances_agrees_with_scipy() -> None:
     truth, predicted = _labels(120, 3)
     found = score(truth, predicted, CLASSES, resamples=8000).intervals
     for name, metric in (("wa", sk.accuracy_score), ("uar", sk.balanced_accuracy_score)):
-        expected = stats.bootstrap(
-            (truth, predicted), metric, paired=True, vectorized=False, n_resamples=800, method="percentile", rng=1
-        ).confidence_interval
+        expected = stats.bootstrap((truth, predicted), metric, paired=True, vectorized=False, n_resamples=800, method="percentile", rng=1).confidence_interval
         assert (found[name].low, found[name].high) == pytest.approx(expected, abs=0.02)
         assert found[name].unit == "utterance"
         assert found[name].units == 120

@@ -30,9 +30,7 @@ def words() -> Tensor:
 
 @pytest.fixture
 def backbone() -> UnifiedTransformer:
-    model = UnifiedTransformer(
-        vocabulary=len(synthetic_tokenizer()), visual_width=6, acoustic_width=5, layers=1, width=WIDTH, heads=2, ffn=32, dropout=0.0
-    )
+    model = UnifiedTransformer(vocabulary=len(synthetic_tokenizer()), visual_width=6, acoustic_width=5, layers=1, width=WIDTH, heads=2, ffn=32, dropout=0.0)
     return model.double()
 
 

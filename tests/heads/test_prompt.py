@@ -39,9 +39,7 @@ def test_the_loss_is_the_formula(
     assert int(extra["accuracy"]) == int((scores[:, words.numpy()].argmax(1) == truth).sum())
 
 
-def test_the_answer_is_the_best_class_word_even_where_another_word_is_better(
-    backbone: UnifiedTransformer, sizes: Sizes, batch: Batch, words: Tensor
-) -> None:
+def test_the_answer_is_the_best_class_word_even_where_another_word_is_better(backbone: UnifiedTransformer, sizes: Sizes, batch: Batch, words: Tensor) -> None:
     head = Prompt(Prompt.Config(), sizes, words).double()
     with torch.no_grad():
         head.head.bias.fill_(100.0)

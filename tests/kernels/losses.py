@@ -32,9 +32,7 @@ def exact(loss: Loss, scores: Tensor, target: Tensor, rows: Tensor) -> tuple[Ten
     return total.detach(), torch.autograd.grad(total, wide)[0]
 
 
-def within_twice_eager(
-    loss: Loss, eager: Callable[[Tensor, Tensor, Tensor], Tensor], scores: Tensor, target: Tensor, rows: Tensor, impl: str
-) -> None:
+def within_twice_eager(loss: Loss, eager: Callable[[Tensor, Tensor, Tensor], Tensor], scores: Tensor, target: Tensor, rows: Tensor, impl: str) -> None:
     """Assert that value and gradient are at most twice as far from float64 as eager PyTorch is at the same precision."""
     value, slope = exact(loss, scores, target, rows)
     ours, theirs = scores.detach().clone().requires_grad_(), scores.detach().clone().requires_grad_()

@@ -45,9 +45,7 @@ def complaints(found: dict[str, dict[str, int]], kept: dict[str, dict[str, int]]
             said.append(f"{name}: {now['registers']} registers, were {then['registers']}")
         if now["shared"] != then["shared"]:
             said.append(f"{name}: {now['shared']} bytes of shared memory, were {then['shared']}")
-        lost = (
-            kind for kind in ("wgmma", "cp_async", "tma", "wide_loads", "wide_stores") if then[kind] and not now[kind]
-        )
+        lost = (kind for kind in ("wgmma", "cp_async", "tma", "wide_loads", "wide_stores") if then[kind] and not now[kind])
         said.extend(f"{name}: no {kind} any more" for kind in lost)
     return said
 
@@ -61,9 +59,7 @@ def test_nothing_spills(compiled: dict[str, dict[str, int]]) -> None:
 
 def test_kernels_take_what_they_took(compiled: dict[str, dict[str, int]]) -> None:
     if not SNAPSHOT.is_file():
-        pytest.skip(
-            f"no snapshot for Triton {triton.__version__}: python -m emoscale.kernels.aot --write {SNAPSHOT.name}"
-        )
+        pytest.skip(f"no snapshot for Triton {triton.__version__}: python -m emoscale.kernels.aot --write {SNAPSHOT.name}")
     kept = json.loads(SNAPSHOT.read_text(encoding="utf-8"))["variants"]
     found = complaints(compiled, kept)
     assert not found, "\n".join([*found, f"meant? python -m emoscale.kernels.aot --write {SNAPSHOT.relative_to(ROOT)}"])

@@ -109,10 +109,7 @@ def test_certain_scores_neither_overflow_nor_vanish(impl: str, form: str) -> Non
 
 def test_printed_has_no_lower_bound() -> None:
     context, candidates = torch.tensor([[1.0]]), torch.tensor([[0, 1]])
-    losses = [
-        candidate_loss(context, torch.tensor([[9.0], [noise]]), candidates, form="printed")
-        for noise in (-10.0, -1000.0)
-    ]
+    losses = [candidate_loss(context, torch.tensor([[9.0], [noise]]), candidates, form="printed") for noise in (-10.0, -1000.0)]
     assert losses[1] < -990 < losses[0]
 
 
@@ -130,9 +127,7 @@ def test_strided_inputs_and_same_bits(impl: str) -> None:
 def test_gradcheck(form: str) -> None:
     context, table, candidates = inputs(4, 5, 3, 3)
     parts = context.requires_grad_(), table.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda *parts: candidate_loss(*parts, candidates, form=form, impl="reference"), parts
-    )
+    assert torch.autograd.gradcheck(lambda *parts: candidate_loss(*parts, candidates, form=form, impl="reference"), parts)
 
 
 def test_a_row_that_does_not_exist_makes_the_loss_nan() -> None:

@@ -51,9 +51,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-@pytest.mark.parametrize(
-    ("span", "ratio", "seed"), [(3, 0.15, 7), (2, 0.7, 2**63 - 1), (1, 0.0505, 0), (10, 0.5, 5 << 32), (3, 1.0, 1)]
-)
+@pytest.mark.parametrize(("span", "ratio", "seed"), [(3, 0.15, 7), (2, 0.7, 2**63 - 1), (1, 0.0505, 0), (10, 0.5, 5 << 32), (3, 1.0, 1)])
 def test_the_cuda_lines_give_the_same_bits(kernel: ctypes.CDLL, span: int, ratio: float, seed: int) -> None:
     lengths = torch.tensor([0, 1, 5, 33, 64, 0, 150, 2000, 257, 10, 31])
     keys = torch.randint(0, 1 << 62, lengths.shape)

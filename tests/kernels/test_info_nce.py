@@ -40,9 +40,7 @@ def eager(x, y, scale, valid=None, smoothing=0.0):
         logits = logit_scale.to(x.dtype) * (x[i][keep] @ y[i][keep].T)
         target = torch.arange(len(logits))
         if len(logits):
-            total = (
-                total + sum(F.cross_entropy(each, target, label_smoothing=smoothing) for each in (logits, logits.T)) / 2
-            )
+            total = total + sum(F.cross_entropy(each, target, label_smoothing=smoothing) for each in (logits, logits.T)) / 2
     loss = total / len(x)
     (3 * loss).backward()
     return [loss.detach(), x.grad, y.grad, logit_scale.grad]
@@ -152,9 +150,7 @@ def test_one_mask_serves_all_pairs_and_two_axes_are_one_pair(impl: str) -> None:
     (x, y), valid = pairs(2, 9), missing(1, 9)[0]
     x, y = x.float(), y.float()
     scale = torch.tensor([5.0])
-    torch.testing.assert_close(
-        info_nce(x, y, scale, valid=valid, impl=impl), info_nce(x, y, scale, valid=valid.repeat(2, 1), impl=impl)
-    )
+    torch.testing.assert_close(info_nce(x, y, scale, valid=valid, impl=impl), info_nce(x, y, scale, valid=valid.repeat(2, 1), impl=impl))
     torch.testing.assert_close(info_nce(x[0], y[0], scale, impl=impl), info_nce(x[:1], y[:1], scale, impl=impl))
 
 

@@ -48,9 +48,7 @@ def both(x: torch.Tensor, cu: torch.Tensor, upstream: torch.Tensor, impl: str) -
 def test_value_and_gradient(impl: str, lengths: list[int], width: int, ties: bool) -> None:
     x, upstream = (torch.randn(n, width, dtype=torch.float64) for n in (sum(lengths), len(lengths)))
     x = x.round() if ties else x
-    for found, expected in zip(
-        both(x, bounds(lengths), upstream, impl), transcription(x, lengths, upstream), strict=True
-    ):
+    for found, expected in zip(both(x, bounds(lengths), upstream, impl), transcription(x, lengths, upstream), strict=True):
         torch.testing.assert_close(found, expected)
 
 
@@ -79,9 +77,7 @@ def test_strided_input_and_gradient(impl: str) -> None:
     assert torch.autograd.gradcheck(lambda x: max_mean_pool(x, bounds([3, 0, 9]), impl=impl), x)
     rows = torch.randn(12, 40, dtype=torch.float64)[:, 3:20]
     upstream = torch.randn(17, 3, dtype=torch.float64).t()
-    for found, expected in zip(
-        both(rows, bounds([3, 0, 9]).long(), upstream, impl), transcription(rows, [3, 0, 9], upstream), strict=True
-    ):
+    for found, expected in zip(both(rows, bounds([3, 0, 9]).long(), upstream, impl), transcription(rows, [3, 0, 9], upstream), strict=True):
         torch.testing.assert_close(found, expected)
     summed = torch.autograd.grad(max_mean_pool(x, bounds([12]), impl=impl).sum(), x)[0]  # its gradient has stride 0
     torch.testing.assert_close(summed, transcription(x.detach(), [12], torch.ones(1, 6).double())[1])
@@ -142,9 +138,7 @@ def test_a_sequence_does_not_depend_on_its_batch_and_runs_repeat(impl: str) -> N
     assert torch.equal(pooled, again[0])
     assert torch.equal(grad, again[1])
     alone = both(x[43:133], bounds([90]), upstream[2:3], impl)
-    tolerance = (
-        {"rtol": 2e-2, "atol": 1e-2} if impl == "triton" else {"rtol": 0, "atol": 0}
-    )  # its tile goes by the mean length
+    tolerance = {"rtol": 2e-2, "atol": 1e-2} if impl == "triton" else {"rtol": 0, "atol": 0}  # its tile goes by the mean length
     torch.testing.assert_close(pooled[2:3], alone[0], **tolerance)
     torch.testing.assert_close(grad[43:133], alone[1], **tolerance)
 
@@ -156,13 +150,9 @@ def test_opcheck(impl: str, part: str) -> None:
         from emoscale.kernels.max_mean_pool import triton  # noqa: F401  # registers
     prefix = "" if impl == "native" else f"{impl}_"
     x, cu = torch.randn(12, 5), bounds([3, 0, 9])
-    forward, backward = (
-        getattr(torch.ops.emoscale, f"{prefix}max_mean_pool{end}").default for end in ("", "_backward")
-    )
+    forward, backward = (getattr(torch.ops.emoscale, f"{prefix}max_mean_pool{end}").default for end in ("", "_backward"))
     pooled, peak = forward(x, cu)
-    operator, arguments = (
-        (forward, (x, cu)) if part == "forward" else (backward, (torch.randn_like(pooled), peak, x, cu))
-    )
+    operator, arguments = (forward, (x, cu)) if part == "forward" else (backward, (torch.randn_like(pooled), peak, x, cu))
     torch.library.opcheck(operator, arguments)
 
 
@@ -192,9 +182,7 @@ def test_wrong_shapes_are_named(x: torch.Tensor, cu: torch.Tensor, message: str)
 
 
 @pytest.mark.skipif("native" not in IMPLS, reason="csrc/ is not built")
-@pytest.mark.parametrize(
-    ("cu", "message"), [([0, 2], "from 0 to 2"), ([0, 4, 3], "falls from 4 to 3"), ([1, 3], "from 1 to 3")]
-)
+@pytest.mark.parametrize(("cu", "message"), [([0, 2], "from 0 to 2"), ([0, 4, 3], "falls from 4 to 3"), ([1, 3], "from 1 to 3")])
 def test_boundaries_that_do_not_fit_are_named(cu: list[int], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         max_mean_pool(torch.zeros(3, 2), torch.tensor(cu), impl="native")

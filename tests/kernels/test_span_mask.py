@@ -258,7 +258,9 @@ def test_on_a_gpu(impl: str, span: int, ratio: float, rule) -> None:
     assert torch.equal(fetched, found)
 
 
-@pytest.mark.parametrize(("option", "said"), [({"span": 0}, "span=0"), ({"ratio": 0.0}, "ratio=0"), ({"ratio": 1.1}, "ratio=1.1"), ({"rule": "up"}, "rule='up'")])
+@pytest.mark.parametrize(
+    ("option", "said"), [({"span": 0}, "span=0"), ({"ratio": 0.0}, "ratio=0"), ({"ratio": 1.1}, "ratio=1.1"), ({"rule": "up"}, "rule='up'")]
+)
 def test_options_out_of_range_are_named(option: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         span_mask(torch.tensor([9]), keys=keys(1), seed=0, **option)

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from emoscale.kernels import varlen_attention
 from emoscale.kernels.varlen_attention import OP
-from emoscale.kernels.varlen_attention.sdpa import MAX_GROUPS, _split
+from emoscale.kernels.varlen_attention.sdpa import GROUP_COST, ROW_COST, _split
 from tests.kernels.conftest import forms
 
 IMPLS = forms(OP)
@@ -79,14 +81,33 @@ def test_half_precision_stays_near_the_definition(impl: str) -> None:
     torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
 
 
-def test_groups_hold_like_lengths_and_every_sequence_once() -> None:
-    lengths = torch.randint(1, 200, (300,))
+def cost(groups: list[list[int]]) -> int:
+    return sum(len(group) * (max(group) ** 2 + ROW_COST * max(group)) + GROUP_COST for group in groups)
+
+
+def test_groups_hold_every_sequence_once_and_cost_least() -> None:
+    lengths = torch.tensor([96, 7, 40, 88, 38, 90, 12, 300, 41, 7, 86, 14, 95])
     order = torch.argsort(lengths, stable=True)
     groups = _split(order, lengths)
     assert torch.equal(torch.cat(groups), order)
-    assert len(groups) <= MAX_GROUPS
-    few = _split(torch.arange(4), torch.tensor([10, 11, 100, 101]))
-    assert [group.tolist() for group in few] == [[0, 1], [2, 3]]
+    ordered = lengths[order].tolist()
+    every = []
+    for cuts in itertools.product([False, True], repeat=len(ordered) - 1):
+        at = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(ordered)]
+        every.append(cost([ordered[start:stop] for start, stop in itertools.pairwise(at)]))
+    assert cost([lengths[group].tolist() for group in groups]) == min(every) < min(cost([ordered]), cost([[length] for length in ordered]))
+    assert len(groups) > 1
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_groups_give_the_gradient_through_recomputation_too(checkpointed: bool) -> None:
+    lengths = [3, 9, 9, 10, 200]
+    tensors = packed(lengths)
+    call = lambda *qkv: varlen_attention(*qkv, bounds(lengths), 200, impl="sdpa")  # noqa: E731
+    found = checkpoint(call, *tensors, use_reentrant=False) if checkpointed else call(*tensors)
+    expected = transcription(*tensors, lengths)
+    for ours, theirs in zip(torch.autograd.grad(found.square().sum(), tensors), torch.autograd.grad(expected.square().sum(), tensors), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(("module", "positional"), [("flash_attn.cute", 3), ("flash_attn", 7)])

@@ -16,7 +16,14 @@ from emoscale.models.word_head import WordHead
 from tests.packing import batch_of
 
 VOCABULARY, HEADS = 30, 4
-TINY = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 24, "max_position_embeddings": 40}
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 24,
+    "max_position_embeddings": 40,
+}
 LENGTHS = [5, 2, 17, 9]
 
 
@@ -77,7 +84,9 @@ def test_hidden_states_and_scores_equal_those_of_the_padded_original(folder: Pat
 
 @pytest.mark.slow
 def test_a_checkpoint_of_berts_width_too(tmp_path: Path) -> None:
-    reference = checkpoint(tmp_path, vocab_size=30522, hidden_size=768, num_hidden_layers=3, num_attention_heads=12, intermediate_size=3072, max_position_embeddings=512)
+    reference = checkpoint(
+        tmp_path, vocab_size=30522, hidden_size=768, num_hidden_layers=3, num_attention_heads=12, intermediate_size=3072, max_position_embeddings=512
+    )
     model = ours(vocabulary=30522, layers=3, width=768, heads=12, ffn=3072, positions=512)
     weights = read_bert(str(tmp_path), 12)
     load_bert(model, weights)

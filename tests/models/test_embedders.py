@@ -25,6 +25,18 @@ def test_text_is_word_position_and_type_normalised() -> None:
     torch.testing.assert_close(embedder(ids, positions), expected)
 
 
+def test_shares_of_words_are_mixed_in_the_precision_of_the_table() -> None:
+    """A frozen judge in a bf16 run is bf16 too; shares come as fp32."""
+    embedder = TextEmbedder(11, 8, 5, 0.0).bfloat16()
+    ids, positions = torch.tensor([3, 10, 3]), torch.tensor([0, 1, 4])
+    shares = torch.nn.functional.one_hot(ids, 11).float().requires_grad_()
+    mixed = embedder(shares, positions)
+    torch.testing.assert_close(mixed, embedder(ids, positions))
+    mixed.square().sum().backward()
+    assert shares.grad is not None
+    assert shares.grad.any()
+
+
 def test_frames_are_projected_normalised_placed_and_normalised_again() -> None:
     for own_type in (True, False):
         embedder = randomised(FrameEmbedder(6, 8, 5, 0.0, own_type=own_type))

@@ -16,6 +16,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "vit": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": SIDE, "patch_size": 8},
     "dinov2": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "image_size": SIDE},
+    "convnext": {"num_stages": 3, "hidden_sizes": [8, 16, 24], "depths": [1, 1, 1], "image_size": SIDE},
 }
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
@@ -30,7 +31,10 @@ def tower(kind: str, pooling: Any) -> PictureTower:
     return PictureTower(config_of(kind), mean=MEAN, std=STD, pooling=pooling).eval()
 
 
-@pytest.mark.parametrize(("kind", "pooling"), [("vit", "first"), ("vit", "mean"), ("vit", "pooler"), ("dinov2", "first"), ("resnet", "mean"), ("resnet", "pooler")])
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [("vit", "first"), ("vit", "mean"), ("vit", "pooler"), ("dinov2", "first"), ("resnet", "mean"), ("resnet", "pooler"), ("convnext", "pooler")],
+)
 def test_a_picture_is_seen_as_the_model_itself_sees_it(kind: str, pooling: str) -> None:
     own = tower(kind, pooling)
     plain = AutoModel.from_config(AutoConfig.for_model(kind, **KINDS[kind])).eval()
@@ -47,7 +51,7 @@ def test_a_picture_is_seen_as_the_model_itself_sees_it(kind: str, pooling: str) 
     assert own.width == wanted.shape[1]
 
 
-@pytest.mark.parametrize(("kind", "pooling"), [("vit", "first"), ("vit", "pooler"), ("dinov2", "first"), ("resnet", "mean")])
+@pytest.mark.parametrize(("kind", "pooling"), [("vit", "first"), ("vit", "pooler"), ("dinov2", "first"), ("resnet", "mean"), ("convnext", "pooler")])
 def test_every_part_that_is_trained_has_a_gradient(kind: str, pooling: str) -> None:
     """DeepSpeed is silently wrong where a trained parameter has no part in the loss."""
     own = tower(kind, pooling).train()

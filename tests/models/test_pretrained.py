@@ -30,7 +30,12 @@ VOICE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "conv_dim": [16, 16, 16],
     "conv_kernel": [10, 3, 2], "conv_stride": [5, 4, 2], "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
 }  # fmt: skip
-VOICES = {"wav2vec2": {}, "hubert": {}, "wavlm": {"num_buckets": 32}, "wav2vec2 ": {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}}
+VOICES = {
+    "wav2vec2": {},
+    "hubert": {},
+    "wavlm": {"num_buckets": 32},
+    "wav2vec2 ": {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
+}
 HOP = 40
 
 
@@ -98,6 +103,17 @@ def test_waveforms_are_normalised_one_by_one() -> None:
     tower = seeded(lambda: VoiceTower(voice_config("wav2vec2"), normalise=True))
     frames = torch.randn(12, HOP)
     torch.testing.assert_close(tower(frames, [5, 7]), tower(torch.cat([3 * frames[:5] + 1, frames[5:]]), [5, 7]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", VOICES)
+def test_weights_in_bf16_hear_waveforms_in_fp32(kind: str) -> None:
+    """As DeepSpeed trains them, with samples as they were read."""
+    tower = seeded(lambda: VoiceTower(voice_config(kind), normalise=True))
+    frames, lengths = torch.randn(14, HOP), [5, 2, 7]
+    exact = tower(frames, lengths)
+    rough = tower.to(torch.bfloat16)(frames, lengths)
+    assert rough.dtype == torch.bfloat16
+    assert torch.linalg.vector_norm(rough.float() - exact) < 0.03 * torch.linalg.vector_norm(exact)
 
 
 def test_frames_of_another_length_are_refused() -> None:

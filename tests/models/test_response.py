@@ -140,10 +140,31 @@ def test_a_checkpoint_holds_the_table_of_words_once_and_comes_back_tied() -> Non
 
 def test_other_kinds_of_models_are_refused() -> None:
     with pytest.raises(ValueError, match="t5 is no BART-like model"):
-        ResponseModel(generator={"model_type": "t5", "d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 16, "vocab_size": 30}, visual_width=VISUAL, turns=2)
+        ResponseModel(
+            generator={"model_type": "t5", "d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 16, "vocab_size": 30}, visual_width=VISUAL, turns=2
+        )
 
 
 @pytest.mark.parametrize("kind", ["mbart", "pegasus", "blenderbot"])
 def test_other_bart_like_models_respond(kind: str) -> None:
     made = model(model_type=kind)
     assert made.respond(packed(SAMPLES), num_beams=2, max_new_tokens=4).shape[0] == len(SAMPLES)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_that_are_computed_again_change_nothing(dropout: float) -> None:
+    """Gradients with dropout; and pieces generated in training, where keys and values are kept all the same."""
+    batch, found = packed(SAMPLES), []
+    for recomputed in (False, True):
+        torch.manual_seed(3)
+        made = ResponseModel(generator=GENERATOR | {"dropout": dropout}, visual_width=VISUAL, turns=6, activation_checkpointing=recomputed).train()
+        assert made.model.get_decoder().gradient_checkpointing == recomputed
+        torch.manual_seed(4)
+        read = in_turns(made, batch)
+        (read.answers.square().mean() + read.places.square().mean()).backward()
+        torch.manual_seed(5)
+        found.append((made.greedy(read, batch, 5), [value.grad for value in made.parameters() if value.grad is not None]))
+        assert made.model.get_decoder().gradient_checkpointing == recomputed
+    assert torch.equal(found[0][0], found[1][0])
+    assert len(found[0][1]) == len(found[1][1]) > 40
+    assert all(torch.equal(one, other) for one, other in zip(found[0][1], found[1][1], strict=True))

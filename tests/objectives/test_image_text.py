@@ -45,7 +45,9 @@ def transcribed(hidden: Aligned, scale: float, smoothing: float) -> float:
     return total
 
 
-@pytest.mark.parametrize(("options", "scale", "smoothing"), [({}, 1 / 0.07, 0.0), ({"temperature": 0.5, "label_smoothing": 0.2}, 2.0, 0.2), (RELEASED, 1.0, 0.1)])
+@pytest.mark.parametrize(
+    ("options", "scale", "smoothing"), [({}, 1 / 0.07, 0.0), ({"temperature": 0.5, "label_smoothing": 0.2}, 2.0, 0.2), (RELEASED, 1.0, 0.1)]
+)
 def test_the_loss_is_its_formula(options: dict[str, Any], scale: float, smoothing: float) -> None:
     task, hidden = task_of(**options), given()
     share = 1 if task.over_all_ranks else COUNT  # of a rank alone, the sum over pairs

@@ -12,9 +12,7 @@ from emoscale.objectives.masked_acoustic import MaskedAcoustic
 from tests.packing import ACOUSTIC
 
 
-def test_it_predicts_the_acoustic_frames_alone(
-    objective: Callable[[str], Objective], hidden: Tensor, batch: Batch, backbone: UnifiedTransformer
-) -> None:
+def test_it_predicts_the_acoustic_frames_alone(objective: Callable[[str], Objective], hidden: Tensor, batch: Batch, backbone: UnifiedTransformer) -> None:
     task = objective("masked_acoustic")
     assert isinstance(task, MaskedAcoustic)
     assert task.modality == "acoustic"

@@ -33,9 +33,7 @@ def test_the_loss_is_the_cross_entropy_of_the_true_pieces(
     assert touched.tolist() == batch.targets[NAME].rows.tolist(), "only masked positions are predicted"
 
 
-def test_the_word_embedding_is_the_decoder(
-    objective: Callable[[str], Objective], hidden: Tensor, batch: Batch, backbone: UnifiedTransformer
-) -> None:
+def test_the_word_embedding_is_the_decoder(objective: Callable[[str], Objective], hidden: Tensor, batch: Batch, backbone: UnifiedTransformer) -> None:
     task = objective(NAME)
     task(hidden.detach(), batch.targets[NAME], batch, backbone)[0].backward()
     assert backbone.text.words.weight.grad is not None

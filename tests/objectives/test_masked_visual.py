@@ -12,9 +12,7 @@ from emoscale.objectives.masked_visual import MaskedVisual
 from tests.packing import VISUAL
 
 
-def test_it_predicts_the_visual_frames_alone(
-    objective: Callable[[str], Objective], hidden: Tensor, batch: Batch, backbone: UnifiedTransformer
-) -> None:
+def test_it_predicts_the_visual_frames_alone(objective: Callable[[str], Objective], hidden: Tensor, batch: Batch, backbone: UnifiedTransformer) -> None:
     task = objective("masked_visual")
     assert isinstance(task, MaskedVisual)
     assert task.modality == "visual"

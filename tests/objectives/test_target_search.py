@@ -57,7 +57,9 @@ def test_each_form_is_its_equation(form: str, kind: type[TargetSearch]) -> None:
     hidden, targets = given()
     loss, found = run(search(form, kind), hidden, targets)
     assert loss.item() == pytest.approx(transcribed(form, hidden, targets, kind.modality), rel=1e-12)
-    scores = torch.stack([hidden.utterances[kind.modality][row] @ hidden.contexts[kind.modality][q] for q, row in zip(targets.rows, targets.values, strict=True)])
+    scores = torch.stack(
+        [hidden.utterances[kind.modality][row] @ hidden.contexts[kind.modality][q] for q, row in zip(targets.rows, targets.values, strict=True)]
+    )
     assert found[f"R_{CANDIDATES}@1"] == (scores.argmax(1) == 0).sum()
 
 

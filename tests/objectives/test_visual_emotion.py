@@ -13,9 +13,7 @@ from tests.objectives.conftest import assert_zero_rows_touch_everything, transfo
 NAME = "visual_emotion"
 
 
-def test_the_loss_is_the_divergence_from_the_teacher(
-    objective: Callable[[str], Objective], hidden: Tensor, batch: Batch, backbone: UnifiedTransformer
-) -> None:
+def test_the_loss_is_the_divergence_from_the_teacher(objective: Callable[[str], Objective], hidden: Tensor, batch: Batch, backbone: UnifiedTransformer) -> None:
     task, targets = objective(NAME), batch.targets[NAME]
     batch.visual_emotion[targets.values[0]] = torch.tensor([0.0, 1.0, 0.0]).double()
     logits = transformed(hidden[targets.rows], task.transform, task.norm) @ task.classify.weight.T + task.classify.bias
@@ -31,9 +29,7 @@ def test_the_loss_is_the_divergence_from_the_teacher(
     assert ours.abs().sum(1).nonzero().flatten().tolist() == targets.rows.tolist()
 
 
-def test_a_student_that_agrees_has_no_loss(
-    objective: Callable[[str], Objective], hidden: Tensor, batch: Batch, backbone: UnifiedTransformer
-) -> None:
+def test_a_student_that_agrees_has_no_loss(objective: Callable[[str], Objective], hidden: Tensor, batch: Batch, backbone: UnifiedTransformer) -> None:
     task, targets = objective(NAME), batch.targets[NAME]
     with torch.no_grad():
         task.classify.weight.zero_()

@@ -39,6 +39,7 @@ def _film(
     sound: bool = True,
     picture: bool = True,
     height: int = 48,
+    b_pictures: int = 0,
     options: dict[str, str] | None = None,
 ) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,15 +48,12 @@ def _film(
         if picture:
             video = out.add_stream("mpeg4", rate=fps, width=64, height=height, pix_fmt="yuv420p", bit_rate=800_000)
             video.codec_context.gop_size, video.codec_context.time_base = 12, MILLISECOND
+            video.codec_context.max_b_frames = b_pictures
         if sound:
             audio = out.add_stream("pcm_s16le" if path.suffix == ".wav" else "aac", rate=44_100, layout="mono")
         if picture:
             shown = [i / fps for i in range(round(seconds * fps))] if times is None else times
-            packets += [
-                packet
-                for frame in [*map(functools.partial(_grey, height), shown), None]
-                for packet in video.encode(frame)
-            ]
+            packets += [packet for frame in [*map(functools.partial(_grey, height), shown), None] for packet in video.encode(frame)]
         if sound:
             packets += [packet for frame in [*_tones(seconds), None] for packet in audio.encode(frame)]
         for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
@@ -64,9 +62,7 @@ def _film(
 
 
 def _grey(height: int, time: float) -> av.VideoFrame:
-    frame = av.VideoFrame.from_ndarray(
-        np.full((height, 64, 3), min(round(20 * time) + 16, 255), np.uint8), format="rgb24"
-    )
+    frame = av.VideoFrame.from_ndarray(np.full((height, 64, 3), min(round(20 * time) + 16, 255), np.uint8), format="rgb24")
     frame.pts, frame.time_base = round(time * 1000), MILLISECOND
     return frame
 

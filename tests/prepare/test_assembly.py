@@ -15,9 +15,10 @@ from emoscale.config import DataError
 from emoscale.prepare.assembly import assemble, notes_of
 from emoscale.prepare.extract import PRECOMPUTED, PreprocessConfig
 from emoscale.prepare.parts import Part, PartStore
-from emoscale.prepare.shards import read_utterances, verify
+from emoscale.prepare.shards import verify
 from emoscale.prepare.sources import Source
 from emoscale.prepare.vocabulary import TextConfig
+from tests.corpora import read_utterances
 
 ENCODERS = {
     "acoustic": {"encoder": {"name": "logmel", "revision": "1"}, "width": 3, "frame_s": 0.06},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import wave
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 av = pytest.importorskip("av", reason="pip install 'emoscale[prepare]'")
 
 from emoscale.config import DataError  # noqa: E402
-from emoscale.prepare.container import opened, probe, reason, subtitle_packets  # noqa: E402
+from emoscale.prepare.container import Stream, opened, probe, reason, subtitle_packets  # noqa: E402
 
 Film = Callable[..., Path]
 
@@ -86,6 +87,21 @@ def test_what_is_no_media_says_so(content: bytes | None, message: str, tmp_path:
 def test_a_subtitle_file_holds_neither_pictures_nor_sound(write_srt: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds neither pictures nor sound"):
         probe(write_srt(tmp_path / "a.srt", [(0.0, 2.0, "We go.")]))
+
+
+def test_sound_in_a_format_that_nothing_decodes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(bytes(32000))
+    content = bytearray(path.read_bytes())
+    content[20:22] = b"\x99\x79"  # the tag of its format
+    path.write_bytes(content)
+    media = probe(path)
+    with pytest.raises(DataError, match=r"a\.wav: stream 0 is in no format that FFmpeg decodes here"):
+        Stream(media, media.audio, 1)
 
 
 def test_a_film_whose_header_promises_more_is_refused_with_both_times(film: Film, tmp_path: Path) -> None:

@@ -61,11 +61,7 @@ def table() -> list[dict[str, str]]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {
-        f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
-        for f in folder.rglob("*")
-        if f.is_file()
-    }
+    return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file()}
 
 
 def chance(counts: np.ndarray) -> float:
@@ -219,9 +215,7 @@ def filler_words() -> set[str]:
         text.STRENGTHS,
         text.CORES,
     )
-    return {
-        word for bank in (*banks, text.LINKS, *text.TOPICS.values()) for phrase in bank for word in phrase.split(":")
-    } | {"the", "am", "and"}
+    return {word for bank in (*banks, text.LINKS, *text.TOPICS.values()) for phrase in bank for word in phrase.split(":")} | {"the", "am", "and"}
 
 
 def test_fillers_do_not_tell_the_emotion() -> None:
@@ -315,9 +309,7 @@ def test_the_speaking_face_can_be_told_from_the_listening_one(corpus: Path) -> N
 
 
 def test_drawn_expressions_differ_and_speech_opens_the_mouth() -> None:
-    drawn = face.Face(
-        face.identity(np.random.default_rng(0)), np.full((144, 128, 3), 120, np.uint8), film.CENTRE, film.SIZE
-    )
+    drawn = face.Face(face.identity(np.random.default_rng(0)), np.full((144, 128, 3), 120, np.uint8), film.CENTRE, film.SIZE)
     pictures = {}
     for name in face.EXPRESSIONS:
         moves = np.stack([face.expression(name), face.expression(name)])
@@ -338,9 +330,7 @@ def test_prosodies_differ_in_level_and_pitch() -> None:
     who = voice.Speaker(pitch=120.0, tract=1.0, level=0.0, melody=2.5)
     mouth = voice.opening("we were home before lunch", 2.0, np.random.default_rng(0))
     for name in tables.EMOTIONS:
-        spoken = [
-            voice.speak(who, name, "we were home before lunch", mouth, np.random.default_rng(i)) for i in range(12)
-        ]
+        spoken = [voice.speak(who, name, "we were home before lunch", mouth, np.random.default_rng(i)) for i in range(12)]
         assert all(len(s) == len(mouth) * 160 and np.abs(s).max() < 1 for s in spoken)
         levels[name] = np.mean([20 * np.log10(s.std()) for s in spoken])
         pitches[name] = np.median([pitch(s[8000:16000]) for s in spoken])
@@ -428,6 +418,7 @@ def _decoded(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         return np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
 
+
 def test_portraits_are_of_people_who_are_not_held_out_and_the_same_every_time(tmp_path: Path) -> None:
     small = portraits.PortraitConfig(people=3, held_out=2, takes=2)
     for name in ("one", "two"):
@@ -443,6 +434,14 @@ def test_portraits_are_of_people_who_are_not_held_out_and_the_same_every_time(tm
         portraits.render(tmp_path / "one", portraits.PortraitConfig(people=3, held_out=2, takes=3))
     alone = portraits.of_person(0, "train", 2, 2)
     assert [item.text for item, _ in alone] == [row["text"] for row in table[4:6]], "no person depends on another"
+
+
+def test_labelled_portraits_are_of_other_people_under_other_names() -> None:
+    assert set(portraits.people(portraits.labelled())).isdisjoint(portraits.people(portraits.PortraitConfig()))
+    (mine, first), *_ = portraits.of_person(portraits.labelled().seed, "labelled", 0, 1)
+    (_, other), *_ = portraits.of_person(portraits.PortraitConfig().seed, "train", 0, 1)
+    assert mine.name == "labelled/person_0000_0"
+    assert not np.array_equal(first, other)
 
 
 def test_captions_tell_what_is_drawn_and_are_no_table() -> None:

@@ -145,9 +145,7 @@ def test_grid_clips_have_a_face_and_a_voice(extractor, shared):
 
 
 def test_a_film_scene_with_several_faces(shared):
-    yunet = FacesConfig(
-        detector="yunet", model=str(shared / "models/yunet_n_640_640.onnx"), min_size=0.05, max_side=640
-    )
+    yunet = FacesConfig(detector="yunet", model=str(shared / "models/yunet_n_640_640.onnx"), min_size=0.05, max_side=640)
     (source,) = find(shared / "av/movie/friday.mp4")
     utterances, row = Extractor(PreprocessConfig(decoder="pyav", faces=yunet), threads=1).extract(source)
     assert [u.id for u in utterances] == ["friday#0002", "friday#0003", "friday#0004"]

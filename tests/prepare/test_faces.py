@@ -16,9 +16,7 @@ HEIGHT, WIDTH = 144, 256
 def draw_face(image: np.ndarray, x: float, y: float, size: float) -> np.ndarray:
     """Draw a face of `size` pixels across, centred at x, y, at 1/16 pixel."""
 
-    def oval(
-        dx: float, dy: float, w: float, h: float, shade: tuple[int, int, int], start: int = 0, end: int = 360
-    ) -> None:
+    def oval(dx: float, dy: float, w: float, h: float, shade: tuple[int, int, int], start: int = 0, end: int = 360) -> None:
         centre = (round((x + dx * size) * 16), round((y + dy * size) * 16))
         axes = (round(w * size * 16), round(h * size * 16))
         cv2.ellipse(image, centre, axes, 0, start, end, shade, -1, cv2.LINE_AA, 4)
@@ -248,3 +246,34 @@ def test_yunet_finds_the_turned_faces_of_a_film(shared: Path):
     assert len(tracks) >= 3
     assert len(tracks[0].times) == len(frames)
     assert tracks_of(frames) == []
+
+
+def agreement(one: Track, other: Track) -> list[float]:
+    """Give the overlap of two tracks in each frame that both cover."""
+    common = sorted(set(one.times) & set(other.times))
+    places = [(int(np.flatnonzero(one.times == time)[0]), int(np.flatnonzero(other.times == time)[0])) for time in common]
+    return [overlap(one.boxes[i], other.boxes[j]) for i, j in places]
+
+
+@pytest.mark.parametrize("detector", ["haar", "yunet"])
+def test_boxes_between_detections_are_those_of_detecting_in_every_frame(shared: Path, detector: str):
+    """Following a face costs a third of looking for it in every frame, and finds it in the same place."""
+    model = str(shared / "models" / "yunet_n_640_640.onnx")
+    for path in sorted((shared / "av" / "grid").glob("*.mpg"))[::5]:
+        frames = real_frames(path)
+        (every,), (some,) = (tracks_of(frames, detector=detector, model=model, detect_every=n) for n in (1, FacesConfig().detect_every))
+        same = agreement(every, some)
+        assert len(same) == len(frames)
+        assert min(same) > 0.85
+        assert np.mean(same) > 0.93
+
+
+def test_several_faces_of_a_film_are_where_detecting_in_every_frame_finds_them(shared: Path):
+    frames = real_frames(shared / "av" / "movie" / "friday.mp4")
+    model = str(shared / "models" / "yunet_n_640_640.onnx")
+    every, some = (tracks_of(frames, detector="yunet", model=model, detect_every=n) for n in (1, FacesConfig().detect_every))
+    places = [(time, box) for track in every for time, box in zip(track.times, track.boxes, strict=True)]
+    best = np.array([max((overlap(box, track.boxes[track.times == time][0]) for track in some if time in track.times), default=0.0) for time, box in places])
+    found = best > 0.5
+    assert found.mean() >= 0.9, "a face missed between two sparse detections may break its track"
+    assert best[found].mean() > 0.9

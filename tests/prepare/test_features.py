@@ -93,10 +93,7 @@ def test_the_last_columns_are_energy_voicing_and_pitch(pitch: float):
 def test_higher_sounds_lie_in_higher_bands():
     encoder = make_acoustic(AcousticConfig())
     clock = np.arange(RATE) / RATE
-    peaks = [
-        int(encoder.encode(np.sin(2 * np.pi * tone * clock).astype(np.float32))[5, :40].argmax())
-        for tone in (200, 500, 1000, 2000, 4000, 7000)
-    ]
+    peaks = [int(encoder.encode(np.sin(2 * np.pi * tone * clock).astype(np.float32))[5, :40].argmax()) for tone in (200, 500, 1000, 2000, 4000, 7000)]
     assert peaks == sorted(set(peaks))
     assert peaks[-1] > 35
 

@@ -31,7 +31,12 @@ def tables(folder: Path, people: int = 40) -> tuple[list[dict[str, str]], list[d
     """Draw texts and pictures whose numbers differ from kind to kind."""
     draw = np.random.default_rng(0)
     texts = [
-        {"text": f"Sentence {n}, of words!", "emotion": str(draw.choice(EMOTIONS)), "age": str(draw.choice(["teenager", "young adult"])), "gender": str(draw.choice(["f", "m"]))}
+        {
+            "text": f"Sentence {n}, of words!",
+            "emotion": str(draw.choice(EMOTIONS)),
+            "age": str(draw.choice(["teenager", "young adult"])),
+            "gender": str(draw.choice(["f", "m"])),
+        }
         for n in range(400)
     ]
     texts += [row | {"text": row["text"].upper().replace("!", "?")} for row in texts[:30]]
@@ -111,7 +116,12 @@ def test_prepare_makes_a_corpus_of_it(tmp_path: Path) -> None:
         path = tmp_path / "faces" / row["picture"]
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((20, 20, 3), number % 250, np.uint8)).save(path)
-    words = [f"match.texts={tmp_path / 'texts.csv'}", f"match.pictures={tmp_path / 'faces/pictures.csv'}", f"source={tmp_path / 'm/manifest.csv'}", "match.aside=neutral"]
+    words = [
+        f"match.texts={tmp_path / 'texts.csv'}",
+        f"match.pictures={tmp_path / 'faces/pictures.csv'}",
+        f"source={tmp_path / 'm/manifest.csv'}",
+        "match.aside=neutral",
+    ]
     words += [f"output={tmp_path / 'corpus'}", "workers=1", "text.vocab_size=300", "preprocess.visual.encoder=crops", "preprocess.visual.side=16"]
     summary = prepare(load(PrepareConfig, None, words))
     assert any(line.startswith("all but neutral") for line in summary.lines)

@@ -1,22 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from emoscale.config import DataError
 from emoscale.prepare import media
 from emoscale.prepare.container import probe, subtitle_packets
-from emoscale.prepare.media import RATE, AudioReader, PyavFrames, TorchcodecFrames, open_frames
+from emoscale.prepare.media import PyavFrames, TorchcodecFrames, open_frames
 
 
 def shown(image: np.ndarray) -> float:
     """Seconds that the grey level of a test film stands for."""
     return (float(image.mean()) - 16) / 20
-
-
-def tone(wave: np.ndarray) -> float:
-    spectrum = np.abs(np.fft.rfft(wave * np.hanning(len(wave))))
-    return float(spectrum.argmax() * RATE / len(wave))
 
 
 def test_frames_are_those_shown_at_the_time(film, tmp_path):
@@ -49,40 +46,62 @@ def test_going_back_and_jumping_ahead_find_the_same_frames(film, tmp_path):
         assert shown(image) == pytest.approx(time, abs=0.1)
 
 
+class All(PyavFrames):
+    """Decodes every picture."""
+
+    def _shows(self, *_):
+        return True
+
+
+def decoded(reader: type[PyavFrames], path: Path, calls: list[list[float]]) -> tuple[list[tuple[float, np.ndarray]], int]:
+    """Give the pictures of several calls, and how many were decoded for them."""
+    frames, pulled = reader(probe(path), threads=1), []
+    usual = frames._pull
+    frames._pull = lambda: (pulled.append(1), usual())[1]
+    return [shown for times in calls for shown in frames.at(times)], len(pulled)
+
+
+CALLS = {
+    "at 10 frames/s": [list(np.arange(0, 6, 0.1))],
+    "utterance by utterance": [list(np.arange(0.33, 2, 0.1)), list(np.arange(2.01, 7, 0.1))],
+    "overlapping": [list(np.arange(0, 3, 0.1)), list(np.arange(2.4, 5, 0.1)), list(np.arange(0.05, 1, 0.1))],
+    "in any order": [[5.03, 0.31, 2.2], [1.7, 1.71, 5.9, 0.0]],
+    "one by one": [[time] for time in np.arange(0, 2, 0.1)],
+}
+
+
+@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_pictures_that_nobody_asks_for_are_left_out_and_the_others_are_the_same(film, tmp_path, suffix, calls):
+    path = film(tmp_path / f"a{suffix}", 6.0, sound=False, b_pictures=2)
+    (every, all_of_them), (ours, some) = decoded(All, path, calls), decoded(PyavFrames, path, calls)
+    assert [time for time, _ in every] == [time for time, _ in ours]
+    for (_, one), (_, other) in zip(every, ours, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert some <= all_of_them
+    if suffix == ".mp4" and len(calls) == 1:
+        assert some < 0.8 * all_of_them
+
+
+@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
+def test_real_pictures_are_the_same_when_others_are_left_out(shared, calls):
+    path = next((shared / "av/ravdess").glob("*.mp4"))
+    (every, all_of_them), (ours, some) = decoded(All, path, calls), decoded(PyavFrames, path, calls)
+    assert len(every) == len(ours) > 4
+    assert all(np.array_equal(one, other) for (_, one), (_, other) in zip(every, ours, strict=True))
+    assert some <= (0.75 if len(calls) == 1 else 1.0) * all_of_them
+
+
 def test_tall_pictures_are_scaled(film, tmp_path):
     found = probe(film(tmp_path / "a.mp4", 0.5, height=128))
     (_, image), *_ = PyavFrames(found, max_height=64).at([0.0])
     assert image.shape == (64, 32, 3)
 
 
-def test_sound_is_16_khz_at_the_right_time(film, tmp_path):
-    sound = AudioReader(probe(film(tmp_path / "a.mp4", 4.0)))
-    for second in range(4):
-        wave = sound.between(second + 0.2, second + 0.8)
-        assert wave.dtype == np.float32
-        assert len(wave) == round(0.6 * RATE)
-        assert tone(wave) == pytest.approx(400 + 100 * second, abs=4)
-    assert len(sound.between(4.5, 5.0)) == 0
-
-
-def test_pieces_of_sound_are_pieces_of_the_whole(film, tmp_path):
-    found = probe(film(tmp_path / "a.mp4", 4.0))
-    whole = AudioReader(found).between(0.0, 10.0)
-    sound = AudioReader(found)
-    for start, end in [(0.5, 1.25), (1.0, 2.0), (3.5, 9.0), (0.25, 0.5)]:  # overlapping, past the end, and backwards
-        np.testing.assert_array_equal(sound.between(start, end), whole[round(start * RATE) : round(end * RATE)])
-
-
-def test_a_centred_voice_is_as_loud_as_a_mono_one(shared):
-    sound = AudioReader(probe(shared / "av/grid/s1_bbwtzp.mpg"))  # stereo with two equal channels
-    assert np.abs(sound.between(0, 3)).max() < 1.1
-
-
 def test_a_file_that_starts_late_counts_from_its_start(film, tmp_path):
     path = film(tmp_path / "a.ts", 3.0, options={"mpegts_copyts": "0", "output_ts_offset": "5"})
     found = probe(path)
     assert found.origin > 1
-    assert tone(AudioReader(found).between(1.2, 1.8)) == pytest.approx(500, abs=4)
     (_, image), *_ = PyavFrames(found).at([2.0])
     assert shown(image) == pytest.approx(2.0, abs=0.12)
 
@@ -101,9 +120,7 @@ def test_the_best_of_several_streams(shared):
     assert text.startswith(b"space telescope")
 
 
-@pytest.mark.parametrize(
-    ("suffix", "data", "reason"), [(".mp4", b"", "empty"), (".mp4", b"no film" * 99, "not readable")]
-)
+@pytest.mark.parametrize(("suffix", "data", "reason"), [(".mp4", b"", "empty"), (".mp4", b"no film" * 99, "not readable")])
 def test_what_is_no_media_says_so(tmp_path, suffix, data, reason):
     (tmp_path / f"a{suffix}").write_bytes(data)
     with pytest.raises(DataError, match=reason):
@@ -126,7 +143,6 @@ def test_a_few_broken_packets_are_passed_over(film, tmp_path):
     path.write_bytes(data)
     found = probe(path)
     assert shown(next(iter(PyavFrames(found).at([5.5])))[1]) == pytest.approx(5.5, abs=0.2)
-    assert tone(AudioReader(found).between(5.2, 5.8)) == pytest.approx(900, abs=4)
 
 
 def test_backend_names_what_is_live():

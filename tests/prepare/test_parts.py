@@ -46,7 +46,12 @@ def test_a_part_comes_back_field_by_field(tmp_path: Path) -> None:
         assert_same(mine, theirs)
     head = store.head("films/a")
     assert head is not None
-    assert vars(head) == {"key": "key", "row": ROW, "encoders": {"visual": {"name": "pixels"}}, "widths": {"acoustic": 3, "visual": 2, "visual_emotion": 0, "text_features": 0}}
+    assert vars(head) == {
+        "key": "key",
+        "row": ROW,
+        "encoders": {"visual": {"name": "pixels"}},
+        "widths": {"acoustic": 3, "visual": 2, "visual_emotion": 0, "text_features": 0},
+    }
 
 
 def test_an_input_that_was_skipped_has_a_part_without_utterances(tmp_path: Path) -> None:

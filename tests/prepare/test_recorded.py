@@ -62,6 +62,17 @@ def test_a_picture_is_its_middle_square_upright(tmp_path: Path) -> None:
             read_picture(tmp_path / name, 10)
 
 
+def test_a_picture_that_memory_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+
+    def convert(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    with pytest.raises(DataError, match=r"a\.png: cannot be read as a picture \(MemoryError\)"):
+        read_picture(tmp_path / "a.png", 10)
+
+
 def test_texts_with_pictures_become_a_raw_corpus(tmp_path: Path) -> None:
     lines = ["picture,text,speaker,dialogue,label"]
     for person in range(3):

@@ -10,7 +10,8 @@ from emoscale.batch import Utterance
 from emoscale.codecs import encode_audio, encode_faces
 from emoscale.config import DataError
 from emoscale.prepare.parts import Part, PartStore
-from emoscale.prepare.shards import Statistics, publish, read_utterances, verify, write_shards
+from emoscale.prepare.shards import Statistics, publish, verify, write_shards
+from tests.corpora import read_utterances
 
 WIDTHS = {"acoustic": 4, "visual": 3, "visual_emotion": 2}
 
@@ -170,9 +171,7 @@ def test_verify_names_shard_and_remedy(tmp_path):
     data[-1] ^= 1
     first.write_bytes(data)
     second.unlink()
-    with pytest.raises(
-        DataError, match=r"shard\.00000\.mds has the hash .*shard\.00001\.mds is missing.*run `emoscale prepare`"
-    ):
+    with pytest.raises(DataError, match=r"shard\.00000\.mds has the hash .*shard\.00001\.mds is missing.*run `emoscale prepare`"):
         verify(tmp_path)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"manifest\.json: no such file"):

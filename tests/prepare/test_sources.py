@@ -91,6 +91,9 @@ def test_jsonl_manifest_with_features(tmp_path):
     ("row", "reason"),
     [
         ({"path": "../out.mp4"}, "leaves the folder"),
+        ({"path": "."}, "names a folder"),
+        ({"path": "a/.."}, "names a folder"),
+        ({"path": "/"}, "names a folder"),
         ({"path": "a/../../out.mp4"}, "leaves the folder"),
         ({"path": "link/out.mp4"}, "through a link"),
         ({"text": "a", "acoustic": "../f.npy"}, "leaves the folder"),

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
 from emoscale.config import DataError
 from emoscale.prepare.container import probe
-from emoscale.prepare.media import RATE, AudioReader
+from emoscale.prepare.sound import RATE, AudioReader
 from emoscale.prepare.subtitles import Cue, SubtitleConfig, clean, cut, detect_speech, read
 
 
@@ -125,3 +127,21 @@ def test_speech_is_found_and_silence_is_not(shared):
 def test_config_out_of_range(values, key):
     with pytest.raises(ValueError, match=f"^{key}: "):
         SubtitleConfig(**values).validate()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{" * 300_000, "<a" * 150_000, "&#" + "9" * 5000 + ";", "\\\\N" * 100_000, "-" * 200_000, "{a}" * 100_000, "<1" * 150_000, "00:00:01,000 --> " * 20_000],
+    ids=lambda line: line[:8],
+)
+def test_no_line_takes_longer_than_its_length(tmp_path, line):
+    path = tmp_path / "film.srt"
+    path.write_text(f"1\n00:00:01,000 --> 00:00:02,500\n{line}\n\n2\n00:00:03,000 --> 00:00:05,000\nbye\n")
+    begun = time.process_time()
+    cues = read(path, SubtitleConfig())
+    assert cues[-1].text.endswith("bye")
+    assert time.process_time() - begun < 10
+
+
+def test_braces_are_stripped_to_the_first_that_closes_them():
+    assert [clean(text) for text in ("{a}b{c}", "{a{b}c", "a{b", "a}b{c}d", "{}")] == ["b", "c", "a{b", "a}bd", ""]

@@ -169,7 +169,12 @@ def test_melds_tables_are_dialogues_of_text(tmp_path: Path) -> None:
     sources = meld(write_meld(tmp_path / "meld"))
     assert [source.name for source in sources] == ["dev/dia0", "dev/dia1"]
     rows = sources[0].rows or ()
-    assert [(row.speaker, row.text, row.index) for row in rows] == [("Phoebe", "He’s lost it.", 0), ("Monica", "What?", 1), ("Phoebe", "Yes.", 2), ("Monica", "Oh.", 3)]
+    assert [(row.speaker, row.text, row.index) for row in rows] == [
+        ("Phoebe", "He’s lost it.", 0),
+        ("Monica", "What?", 1),
+        ("Phoebe", "Yes.", 2),
+        ("Monica", "Oh.", 3),
+    ]
     assert rows[3].label == {"emotion": "joy", "sentiment": "positive", "split": "dev", "season": "4", "episode": "7"}
     assert {row.dialogue for row in rows} == {"dev/0"}
 

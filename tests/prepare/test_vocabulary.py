@@ -4,11 +4,7 @@ import pytest
 
 from emoscale.prepare.vocabulary import TextConfig, build
 
-TEXTS = [
-    f"I am {word} because the {thing} is {word}ly gone"
-    for word in ("happy", "sad", "quiet")
-    for thing in ("dog", "house")
-] * 5
+TEXTS = [f"I am {word} because the {thing} is {word}ly gone" for word in ("happy", "sad", "quiet") for thing in ("dog", "house")] * 5
 
 
 def test_built_tokenizer_is_a_bert_tokenizer_and_deterministic(tmp_path):

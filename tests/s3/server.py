@@ -67,6 +67,11 @@ class Server:
             "AWS_DEFAULT_REGION": "default", "NO_PROXY": "127.0.0.1",
         }  # fmt: skip
 
+    @property
+    def gateway(self) -> subprocess.Popen[bytes]:
+        """The process that speaks S3."""
+        return self.processes[-1]
+
     def stop(self) -> None:
         """End everything that was started."""
         for process in reversed(self.processes):
@@ -92,7 +97,9 @@ def start(folder: Path) -> Server:
             server.processes.append(subprocess.Popen([*words, *given], cwd=folder, stdout=out, stderr=out))
 
     try:
-        subprocess.run(["monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v2:127.0.0.1:{mon},v1:127.0.0.1:{old}]", monmap], check=True, capture_output=True)
+        subprocess.run(
+            ["monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v2:127.0.0.1:{mon},v1:127.0.0.1:{old}]", monmap], check=True, capture_output=True
+        )
         call("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap)
         run("ceph-mon", "-f", "-i", "a")
         disk = str(uuid.uuid4())
@@ -101,14 +108,24 @@ def start(folder: Path) -> Server:
         run("ceph-osd", "-f", "-i", "0")
         run("radosgw", "-f", "-n", "client.admin")
         _until_it_answers(server, folder)
-        call("radosgw-admin", "-n", "client.admin", "user", "create", "--uid=emoscale", "--display-name=emoscale", f"--access-key={KEY}", f"--secret-key={SECRET}")
+        call(
+            "radosgw-admin",
+            "-n",
+            "client.admin",
+            "user",
+            "create",
+            "--uid=emoscale",
+            "--display-name=emoscale",
+            f"--access-key={KEY}",
+            f"--secret-key={SECRET}",
+        )
     except BaseException:
         server.stop()
         raise
     return server
 
 
-def _until_it_answers(server: Server, folder: Path, seconds: float = 60) -> None:
+def _until_it_answers(server: Server, folder: Path, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -127,4 +144,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-

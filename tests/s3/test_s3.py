@@ -1,4 +1,4 @@
-"""Shards on a real S3 server (Ceph): the same batches as from disk, and an error where a shard is bad.
+"""Shards on a real S3 server (Ceph): the same batches as from disk, an error where a shard is bad; and checkpoints there.
 
 .venv/bin/python -m pytest -m slow tests/s3
 """
@@ -6,56 +6,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from emoscale.config import DataError, load
 from emoscale.data import remote
 from emoscale.data.remote import RemoteCorpus
 from emoscale.data.streams import Corpus
-from emoscale.data.synthetic import Synthetic
 from emoscale.prepare.pipeline import PrepareConfig, prepare
-from emoscale.storage import upload
+from emoscale.storage import open_storage
+from emoscale.training import checkpoint, mirror
+from emoscale.training.mirror import fetch, stored_steps
 from emoscale.training.run import RunConfig, pretrain
-from tests.corpora import write_corpus
-from tests.s3.server import start
-from tests.services import missing, requires_service
+from emoscale.training.track import read_rows
+from tests.s3.conftest import COUNT, SHARD, stored
+from tests.services import requires_service
 
 pytestmark = [pytest.mark.slow, requires_service("s3")]
-COUNT, SHARD, RUNS = 400, 1 << 15, 20
-
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Start a server for this module; its variables are set, as a user's are."""
-    assert not missing("s3")
-    server = start(tmp_path_factory.mktemp("ceph"))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        found = boto3.resource("s3").create_bucket(Bucket="corpora")
-        yield found
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def corpus(bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a corpus, and store it under `whole`."""
-    folder = write_corpus(tmp_path_factory.mktemp("local") / "corpus", Synthetic(COUNT, visual_width=6, acoustic_width=5, expressions=3), shard_bytes=SHARD)
-    stored(folder, "whole")
-    return folder
-
-
-def stored(folder: Path, prefix: str) -> str:
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    url = f"s3://corpora/{prefix}"
-    upload(folder, [*(name for name in names if name != "manifest.json"), "manifest.json"], url)
-    return url
+RUNS = 20
 
 
 @pytest.mark.parametrize("workers", [0, 2, 4])
@@ -109,3 +82,44 @@ def test_prepare_uploads_and_pretraining_reads_from_there(bucket: Any, tmp_path:
     first, second = losses.values()
     assert len(first) == 3
     assert first == second
+
+
+def words_of(corpus: Path, run: Path, url: str) -> list[str]:
+    return [
+        f"data.corpora=[{corpus}]", f"run.output={run}", f"run.upload={url}", "run.steps=6", "run.save_every=2", "run.log_every=1", "run.precision=fp32",
+        "run.threads=1", "model.size=tiny", "model.width=32", "data.global_batch=8", "data.workers=0",
+    ]  # fmt: skip
+
+
+def test_a_fresh_node_goes_on_from_a_bucket_bit_for_bit(corpus: Path, bucket: Any, tmp_path: Path) -> None:
+    """The run folder is lost, and of the newest checkpoint in the bucket one object: what is left goes on to the same end."""
+    url, run = "s3://corpora/runs/lost", tmp_path / "run"
+    last = pretrain(load(RunConfig, None, words_of(corpus, run, url)))
+    kept = checkpoint.load(last)
+    measured = [row["loss"] for row in read_rows(run / "metrics.jsonl")]
+    assert stored_steps(open_storage(url)) == ["step_00000006", "step_00000004"]
+    shutil.rmtree(run)
+    bucket.Object("runs/lost/step_00000006/moments.safetensors").delete()
+    again = checkpoint.load(pretrain(load(RunConfig, None, words_of(corpus, run, url))))
+    assert [row["loss"] for row in read_rows(run / "metrics.jsonl")] == measured, "steps 1 to 4 from the bucket, 5 and 6 done again"
+    assert "goes on from step_00000004" in (run / "train.log").read_text()
+    for mine, theirs in ((again.weights, kept.weights), (again.moments, kept.moments)):
+        assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    fetch(open_storage(url), "step_00000006", tmp_path / "other")  # stored whole again
+
+
+def test_a_bucket_that_is_away_holds_nothing_up(corpus: Path, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "PATIENCE_S", 0.01)
+    url, run = "s3://corpora/runs/away", tmp_path / "run"
+    pretrain(load(RunConfig, None, words_of(corpus, run, url)))
+    shutil.rmtree(run / "checkpoints/step_00000006")
+    for thing in bucket.objects.filter(Prefix="runs/away/step_00000006"):
+        thing.delete()
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+        assert pretrain(load(RunConfig, None, words_of(corpus, run, url))).name == "step_00000006"
+        with pytest.raises(DataError, match="Could not connect"):
+            pretrain(load(RunConfig, None, words_of(corpus, tmp_path / "fresh", url)))
+    told = (run / "train.log").read_text()
+    assert "upload failed, and is tried again with the next checkpoint" in told
+    assert stored_steps(open_storage(url)) == ["step_00000004"]

@@ -37,7 +37,9 @@ def filmed(tmp_path_factory: pytest.TempPathFactory) -> Filmed:
     from emoscale.prepare.pipeline import PrepareConfig, prepare
 
     folder = tmp_path_factory.mktemp("filmed")
-    render(folder, DemoConfig(pretrain_films=1, pretrain_speakers=4, labelled_films=1, labelled_speakers=4, still_identities=1, stills_per_class=1, processes=1))
+    render(
+        folder, DemoConfig(pretrain_films=1, pretrain_speakers=4, labelled_films=1, labelled_speakers=4, still_identities=1, stills_per_class=1, processes=1)
+    )
     words = [
         f"source={folder / 'films'}", f"output={folder / 'corpus'}", "workers=1", "preprocess.faces.min_size=0.4",
         "preprocess.speakers.min_motion=0.003", f"text.always=[{', '.join(CLASSES)}]",

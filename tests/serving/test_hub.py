@@ -25,7 +25,8 @@ from emoscale.data.collate import pack
 from emoscale.data.streams import Corpus
 from emoscale.models.task import encode
 from emoscale.models.unified import UnifiedTransformer
-from emoscale.serving.hub import EmoscaleConfig, EmoscaleModel, EmotionModel, load
+from emoscale.serving.auto import EmoscaleConfig, EmoscaleModel
+from emoscale.serving.hub import EmotionModel, load
 from emoscale.training.export import export
 from tests.serving.conftest import Filmed
 from tests.tuned import CLASSES, Tuned, predictions
@@ -91,8 +92,8 @@ import emoscale, torch
 from transformers import AutoModel
 model = AutoModel.from_pretrained({str(folder)!r}).eval()
 with torch.no_grad():
-    hidden = model(**torch.load({str(tmp_path / 'batch.pt')!r}, weights_only=True)).last_hidden_state
-torch.save(hidden, {str(tmp_path / 'hidden.pt')!r})
+    hidden = model(**torch.load({str(tmp_path / "batch.pt")!r}, weights_only=True)).last_hidden_state
+torch.save(hidden, {str(tmp_path / "hidden.pt")!r})
 print(type(model).__name__)
 """
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -166,7 +167,7 @@ def other_features(model: Path) -> None:
     [
         (lambda m: write(m / "config.json", model_type="bert"), ConfigError, "holds a model of type 'bert', not 'emoscale'"),
         (lambda m: write(m / "config.json", schema=7), DataError, "schema is 7, this version reads 1"),
-        (lambda m: (m / "config.json").write_text("{"), DataError, "config.json: damaged"),
+        (lambda m: (m / "config.json").write_text("{"), DataError, "config.json: not readable as JSON"),
         (lambda m: (m / "config.json").unlink(), ConfigError, "config.json: not found"),
         (lambda m: (m / "preprocessor_config.json").unlink(), ConfigError, "preprocessor_config.json: not found"),
         (lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:900]), DataError, "its weights cannot be loaded"),

@@ -23,7 +23,13 @@ from tests.chats import RESPONSE, write_chats, write_judge
 from tests.training.forks import Forks
 from tests.tuned import CLASSES
 
-TRAIN = [word for word in RESPONSE if not word.startswith("run.output")] + ["run.steps=30", "run.save_every=30", "run.log_every=10", "optim.lr=3e-3", "optim.warmup=4"]
+TRAIN = [word for word in RESPONSE if not word.startswith("run.output")] + [
+    "run.steps=30",
+    "run.save_every=30",
+    "run.log_every=10",
+    "optim.lr=3e-3",
+    "optim.warmup=4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +127,9 @@ def test_who_cannot_respond_and_how_not(model: Path, judge: Path, tmp_path: Path
 def test_held_out_responses_are_scored_arm_beside_arm(trained: dict[str, Path], corpus: Path, judge: Path, tmp_path: Path) -> None:
     pytest.importorskip("sacrebleu", reason="pip install 'emoscale[generation]'")
     report, folder = tmp_path / "report.html", trained["seeing-1"].parent
-    given = EvaluateConfig(model=str(folder / "seeing-{seed}"), beside={"blind": str(folder / "blind-{seed}")}, seeds=[1, 2], judge=str(judge), report=str(report))
+    given = EvaluateConfig(
+        model=str(folder / "seeing-{seed}"), beside={"blind": str(folder / "blind-{seed}")}, seeds=[1, 2], judge=str(judge), report=str(report)
+    )
     found = evaluate(given)
     held = [item for name in "ef" for item in chat(corpus, name)]
     assert found["responses"] == sum(bool(item.text) and item.index > 0 for item in held)

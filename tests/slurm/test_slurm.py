@@ -1,57 +1,36 @@
-"""The launchers of slurm/ on a real SLURM of two nodes.
+"""The launchers of slurm/ on a real SLURM of three nodes.
 
-.venv/bin/python -m pytest -m slow tests/slurm
+make test-slurm
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from emoscale.training.watchdog import STATUS as HUNG
 from tests.services import requires_service
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import ROOT, Cluster
+from tests.slurm.jobs import STEPS, TWO_RANKS, exits, metrics, python_that, until_step, what, words
 from tests.tuned import Tuned
 
 pytestmark = [pytest.mark.slow, requires_service("slurm")]
-STEPS = 60
-TWO_RANKS = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
-
-
-def words(corpus: Path, output: str, *more: str) -> list[str]:
-    """Give what follows sbatch's own options: the demo's pre-training, on a small corpus."""
-    return [
-        "slurm/pretrain.sh", "configs/pretrain/memobert-demo.yaml", f"data.corpora=[{corpus}]", "data.only=", "data.global_batch=16",
-        "model.width=32", f"run.output={output}", f"run.steps={STEPS}", "run.log_every=1", "run.save_every=20", "run.threads=1", *more,
-    ]  # fmt: skip
-
-
-def metrics(run: Path) -> list[tuple[int, dict[str, float]]]:
-    """Give what a run computed, step by step, without what a clock said."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("step_time_s", "data_wait_s", "utterances_per_s")
-    return [(row["step"], {key: value for key, value in row.items() if key not in clocks}) for row in rows]
-
-
-def until_step(cluster: Cluster, job: str, run: Path, step: int) -> None:
-    """Wait until a run has logged a step."""
-    end = time.monotonic() + 180
-    while not (run / "metrics.jsonl").is_file() or not (done := metrics(run)) or done[-1][0] < step:
-        assert time.monotonic() < end, cluster.log(job)
-        time.sleep(0.05)
-
-
-def exits(cluster: Cluster, job: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (cluster.work / "slurm/records" / job / "exits.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, corpus: Path) -> Path:
-    """A run that nothing happens to."""
-    job = cluster.submit(*TWO_RANKS, *words(corpus, "undisturbed"))
+    """A run that nothing happens to, started as a user does."""
+    python = cluster.environment["EMOSCALE_PYTHON"]
+    told = cluster.call(python, "-m", "emoscale", "launch", "--submit", "nodes=2", "time=00:30:00", "partition=main", *what(corpus, "undisturbed"))
+    assert told.startswith("Submitted batch job ")
+    job = told.split()[-1]
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
     assert exits(cluster, job)[0]["status"] == 0
     return cluster.work / "undisturbed"
@@ -84,16 +63,95 @@ def test_a_signal_and_a_requeue_change_nothing(cluster: Cluster, corpus: Path, u
 
 
 def test_a_failing_rank_ends_the_job_with_its_own_exit_code(cluster: Cluster, corpus: Path) -> None:
-    python = cluster.work / "python"
-    python.write_text(f'#!/bin/bash\n[ "$SLURM_PROCID" = 1 ] && {{ sleep 2; exit 7; }}\nexec {cluster.environment["EMOSCALE_PYTHON"]} "$@"\n')
-    python.chmod(0o755)
+    python = python_that(cluster, "failing", '[ "$SLURM_PROCID" = 1 ] && { sleep 2; exit 7; }')
     start = time.monotonic()
-    job = cluster.submit(*TWO_RANKS, *words(corpus, "failing"), EMOSCALE_PYTHON=str(python))
+    job = cluster.submit(*TWO_RANKS, *words(corpus, "failing"), EMOSCALE_PYTHON=python)
     found = cluster.wait(job)
     assert found["JobState"] == "FAILED"
     assert found["ExitCode"] == "7:0", "srun itself says 143"
-    assert time.monotonic() - start < 150, "the other rank, waiting at the rendezvous, was ended too"
-    assert [(row["status"], row["first_failed_task"]) for row in exits(cluster, job)] == [(7, "1")]
+    assert time.monotonic() - start < 300, "the other rank, waiting at the rendezvous, was ended too"
+    assert [(row["status"], row["reason"], row["first_failed_task"], row["host"]) for row in exits(cluster, job)] == [(7, "failure", "1", "emo2")]
+
+
+def test_nodes_may_differ_in_their_tasks(cluster: Cluster, corpus: Path) -> None:
+    """Two ranks on one node and one on the other."""
+    shape = ["--nodes=2", "--ntasks=3", "--ntasks-per-node=2", "--cpus-per-task=1"]
+    code = "import os; from emoscale.distributed import world_from; print(*vars(world_from(os.environ)).values())"
+    worlds = cluster.call("srun", *shape, cluster.environment["EMOSCALE_PYTHON"], "-c", code).splitlines()
+    assert sorted(worlds) == ["0 3 0 2", "1 3 1 2", "2 3 0 1"]
+    job = cluster.submit(*shape, *words(corpus, "unequal", "run.steps=4"))
+    assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
+    assert json.loads((cluster.work / "unequal/checkpoints/step_00000004/state.json").read_text())["world"] == 3
+    assert [row["utterances"] for _, row in metrics(cluster.work / "unequal")] == [16] * 4
+
+
+def test_a_node_that_is_not_fit_is_left_out(cluster: Cluster, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The second node has kept an older copy of the package."""
+    shutil.copytree(ROOT / "emoscale", tmp_path / "emoscale")
+    (tmp_path / "emoscale/batch.py").open("a").write("# as it was\n")
+    python = python_that(cluster, "stale", f'[ "$SLURMD_NODENAME" = emo2 ] && export PYTHONPATH={tmp_path}')
+    job = cluster.submit(*TWO_RANKS, *words(corpus, "unfit"), EMOSCALE_PYTHON=python)
+    found = cluster.wait(job)
+    assert found["JobState"] == "COMPLETED", cluster.log(job)
+    assert "1 of 2 nodes are not fit: rank 1 on emo2: software differs: emoscale " in cluster.log(job)
+    assert found["ExcNodeList"] == "emo2"
+    first, last = exits(cluster, job)
+    assert (first["status"], first["reason"], first["host"]) == (76, "unfit node", "emo2")
+    assert (last["nodes"], last["reason"]) == ("emo[1,3]", "done")
+    assert metrics(cluster.work / "unfit") == metrics(undisturbed)
+
+
+@pytest.mark.faults
+def test_a_lost_node_costs_the_steps_since_the_last_checkpoint_and_nothing_else(cluster: Cluster, corpus: Path, undisturbed: Path) -> None:
+    """A node falls silent, as without power: SLURM waits for it, then requeues the job, which goes on with the third node."""
+    run = cluster.work / "lost"
+    job = cluster.submit(*TWO_RANKS, *words(corpus, "lost"))
+    until_step(cluster, job, run, 25)
+    cluster.lose("emo2")
+    try:
+        cluster.until(lambda: cluster.state(job)["Restarts"] == "1", 180, job)
+        assert cluster.node("emo2")["State"].startswith("DOWN")
+        cluster.bury("emo2")
+        assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
+    finally:
+        cluster.revive("emo2")
+    assert cluster.state(job)["NodeList"] == "emo[1,3]"
+    assert "goes on from step_00000020" in (run / "train.log").read_text()
+    assert metrics(run) == metrics(undisturbed)
+    cluster.until(lambda: "IDLE" in cluster.node("emo2")["State"], 60, job)
+
+
+@pytest.mark.faults
+def test_a_rank_that_stands_still_costs_no_allocation(cluster: Cluster, corpus: Path, undisturbed: Path) -> None:
+    """The others write their stacks and end, the job is requeued, and is what it would have been."""
+    run = cluster.work / "hung"
+    job = cluster.submit(*TWO_RANKS, *words(corpus, "hung", "run.hang_s=8"))
+    until_step(cluster, job, run, 25)
+    for pid in cluster.tasks("emo2"):
+        if "python" in Path(f"/proc/{pid}/comm").read_text():
+            os.kill(pid, signal.SIGSTOP)
+    cluster.until(lambda: bool(exits(cluster, job)), 180, job)
+    assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
+    first, last = exits(cluster, job)
+    assert (first["status"], first["reason"], first["host"]) == (HUNG, "hung", "emo1")
+    assert last["reason"] == "done"
+    assert "rank 0 on emo1 has not moved for 8 s" in (run / "stacks_rank00000.txt").read_text()
+    assert "hung (exit code 75), requeued" in cluster.log(job)
+    assert metrics(run) == metrics(undisturbed)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("most", "restarts", "said"), [
+    ("1", 1, "hung (exit code 75), started again 1 times, which EMOSCALE_MAX_RESTARTS allows; this was the last"),
+    ("100", 2, "hung (exit code 75); 3 times in a row without a new checkpoint"),
+])  # fmt: skip
+def test_a_job_does_not_start_again_for_ever(cluster: Cluster, most: str, restarts: int, said: str) -> None:
+    python = python_that(cluster, "hanging", f"exit {HUNG}")
+    job = cluster.submit("--nodes=1", "slurm/pretrain.sh", EMOSCALE_PYTHON=python, EMOSCALE_MAX_RESTARTS=most)
+    found = cluster.wait(job)
+    assert found["JobState"] == "FAILED"
+    assert int(found["Restarts"]) == restarts
+    assert said in cluster.log(job)
 
 
 def test_a_wrong_configuration_is_said_once_it_starts(cluster: Cluster, corpus: Path) -> None:

@@ -115,7 +115,15 @@ def built_for(corpus: Any, *, per_step: bool = False, published: bool = False, *
 
 
 def run(
-    corpus: Any, optim: OptimConfig, steps: int, *, stage: int, max_tokens: int, precision: Any = "fp32", per_step: bool = False, published: bool = False,
+    corpus: Any,
+    optim: OptimConfig,
+    steps: int,
+    *,
+    stage: int,
+    max_tokens: int,
+    precision: Any = "fp32",
+    per_step: bool = False,
+    published: bool = False,
     **model: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor], dict[str, Tensor]]:
     """Train some steps; give the rows, the weights before and the weights after."""
@@ -123,8 +131,14 @@ def run(
     engine = Engine(built.model, optim, ZeroConfig(stage), precision)
     before = {name: engine.full_weight(value) for name, value in engine.parameters()}
     data = Steps(
-        corpus, Order(len(corpus), SEED), built.encoder, built.plan, global_batch=GLOBAL_BATCH, max_tokens=max_tokens,
-        rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size(),
+        corpus,
+        Order(len(corpus), SEED),
+        built.encoder,
+        built.plan,
+        global_batch=GLOBAL_BATCH,
+        max_tokens=max_tokens,
+        rank=torch.distributed.get_rank(),
+        world=torch.distributed.get_world_size(),
     )
     counts = [len(data[step].batches) for step in range(steps)]
     rows: list[dict[str, Any]] = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from emoscale.config import EmoscaleError
 from emoscale.data.loader import StepData, Steps
 from emoscale.data.order import Order
 from emoscale.models.task import Task
+from emoscale.training import guards
 from emoscale.training.build import Built
 from emoscale.training.engine import Engine, OptimConfig, ZeroConfig
 from emoscale.training.loop import Hooks, train
+from emoscale.training.mirror import find_start
 from tests.training.equality import GLOBAL_BATCH, LARGE, SEED, SMALL, built_for, close, corpora, relative, run
 
 STAGES = (0, 1, 2, 3)
@@ -49,10 +53,83 @@ def nonfinite(path: str) -> None:
             message = str(error)
         close(engine)
         seen[stage] = {
-            "rows": rows, "message": message, "log": list(lines), "poisoned": distributed.gather_names(poisoned),
-            "unchanged": _equal(states[2], states[3]), "changed_after": not _equal(states[3], states[4]),
+            "rows": rows,
+            "message": message,
+            "log": list(lines),
+            "poisoned": distributed.gather_names(poisoned),
+            "unchanged": _equal(states[2], states[3]),
+            "changed_after": not _equal(states[3], states[4]),
         }
     _write(world, path, seen)
+
+
+def spiked(path: str, cases: list[str]) -> None:
+    """For each "stage precision": one step in which the last rank meets features that are a thousand times too large."""
+    world, spike = distributed.init(), 6
+    seen: dict[str, Any] = {"spike": spike}
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("emoscale").addHandler(handler)
+    guards.LEAST = 5  # type: ignore[misc]
+    for case in cases:
+        lines.clear()
+        rows: list[dict[str, Any]] = []
+        states: dict[int, State] = {}
+        stage, precision = case.split()
+        built, engine = _engine(int(stage), precision)
+        data = _enlarge(_steps(built, SMALL).iterate(0, spike + 2), spike, world.rank == world.size - 1)
+        hooks = Hooks(lambda step: ADAM.lr, rows.append, lambda step, engine=engine, states=states: states.update({step: engine.state()}), lambda: "")
+        train(
+            engine, data, list(built.model.tasks), hooks, first=0, last=spike + 2, log_every=1, save_every=1, max_nonfinite=1,
+            guards=guards.Guards(guards.SpikeConfig(action="skip")),
+        )  # fmt: skip
+        close(engine)
+        seen[case] = {
+            "rows": rows,
+            "log": [line for line in lines if "gradient norm" in line],
+            "unchanged": _equal(states[spike], states[spike + 1]),
+            "changed_after": not _equal(states[spike + 1], states[spike + 2]),
+        }
+    _write(world, path, seen)
+
+
+def slow_rank(path: str) -> None:
+    """The last rank sleeps in each forward pass of its own, from step 2 on."""
+    world, lines = distributed.init(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("emoscale").addHandler(handler)
+    rows: list[dict[str, Any]] = []
+    built, engine = _engine(1, "fp32")
+    step = 0
+
+    def drag(*_: Any) -> None:
+        if world.rank == world.size - 1 and step >= 2:
+            time.sleep(0.2)
+
+    def track(row: dict[str, Any]) -> None:
+        nonlocal step
+        rows.append(row)
+        step = row["step"]
+
+    built.model.register_forward_pre_hook(drag)
+    hooks = Hooks(lambda step: ADAM.lr, track, lambda step: None, lambda: "")
+    train(engine, _steps(built, LARGE).iterate(0, 8), list(built.model.tasks), hooks, first=0, last=8, log_every=1, save_every=100, max_nonfinite=1)
+    close(engine)
+    _write(world, path, {"rows": rows, "log": distributed.gather_names([line for line in lines if "slow" in line])})
+
+
+def two_nodes(folder: str, url: str) -> None:
+    """Each rank is a node with a run folder of its own: write which checkpoint it finds, or the error."""
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    world = distributed.init()
+    try:
+        found = find_start(Path(folder) / f"node{world.rank}", url, world)
+        told = "none" if found is None else found.name
+    except EmoscaleError as error:
+        told = str(error)
+    (Path(folder) / f"found{world.rank}").write_text(told)
 
 
 def restored(path: str) -> None:
@@ -194,16 +271,12 @@ def _engine(stage: int, precision: Any) -> tuple[Built, Engine]:
 
 def _steps(built: Built, max_tokens: int) -> Steps:
     corpus, rank, world = corpora()["all"], torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return Steps(
-        corpus, Order(len(corpus), SEED), built.encoder, built.plan, global_batch=GLOBAL_BATCH, max_tokens=max_tokens, rank=rank, world=world
-    )
+    return Steps(corpus, Order(len(corpus), SEED), built.encoder, built.plan, global_batch=GLOBAL_BATCH, max_tokens=max_tokens, rank=rank, world=world)
 
 
 def _train(engine: Engine, built: Built, steps: Steps, first: int, last: int) -> None:
     hooks = Hooks(lambda step: ADAM.lr, lambda row: None, lambda step: None, lambda: "")
-    train(
-        engine, steps.iterate(first, last), list(built.model.tasks), hooks, first=first, last=last, log_every=100, save_every=100, max_nonfinite=1
-    )
+    train(engine, steps.iterate(first, last), list(built.model.tasks), hooks, first=first, last=last, log_every=100, save_every=100, max_nonfinite=1)
 
 
 def _poison(data: Iterator[StepData], at: set[int], names: list[str] | None) -> Iterator[StepData]:
@@ -213,6 +286,15 @@ def _poison(data: Iterator[StepData], at: set[int], names: list[str] | None) -> 
             step.batches[-1].acoustic[:] = float("nan")
             step.batches[-1].visual[:] = float("nan")
             names.extend(step.batches[-1].ids)
+        yield step
+
+
+def _enlarge(data: Iterator[StepData], at: int, here: bool) -> Iterator[StepData]:
+    for step in data:
+        if here and step.step == at:
+            for batch in step.batches:
+                batch.acoustic[:] *= 1e3
+                batch.visual[:] *= 1e3
         yield step
 
 

@@ -15,12 +15,24 @@ from safetensors.torch import load_file
 
 from tests.training.forks import Forks, Ranks
 
-TIMINGS = ("step_time_s", "data_wait_s", "utterances_per_s")
+TIMINGS = (
+    "step_time_s", "data_wait_s", "data_wait_share", "save_s", "utterances_per_s", "tokens_per_s", "host_memory_gib", "slowest_rank",
+    "rank_time_max_over_median",
+)  # fmt: skip
 STEPS = 10
 SMALL_MODEL = ["model.size=tiny", "model.width=64", "objectives.masked_text.ratio=0.3"]
 RECIPE = [
-    *SMALL_MODEL, f"run.steps={STEPS}", "run.save_every=5", "run.log_every=1", "run.precision=fp32", "run.threads=1", "data.global_batch=64",
-    "data.max_tokens=2048", "data.workers=0", "optim.lr=1e-3", "optim.warmup=4",
+    *SMALL_MODEL,
+    f"run.steps={STEPS}",
+    "run.save_every=5",
+    "run.log_every=1",
+    "run.precision=fp32",
+    "run.threads=1",
+    "data.global_batch=64",
+    "data.max_tokens=2048",
+    "data.workers=0",
+    "optim.lr=1e-3",
+    "optim.warmup=4",
 ]
 """Ten steps of some tenths of a second with dropout, so that a test can step in between."""
 
@@ -67,6 +79,16 @@ def wait_for_step(folder: Path, step: int, ranks: Ranks, timeout: float = 120.0)
             return
         time.sleep(0.01)
     raise AssertionError(f"step {step} was not reached within {timeout} s:\n{ranks.output()}")
+
+
+def wait_for_checkpoint(folder: Path, step: int, ranks: Ranks, timeout: float = 120.0) -> None:
+    """Wait until a checkpoint, which is written beside the training, is in place."""
+    latest, end = folder / "checkpoints" / "latest", time.monotonic() + timeout
+    while time.monotonic() < end:
+        if latest.is_file() and latest.read_text() >= f"step_{step:08d}":
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not saved within {timeout} s:\n{ranks.output()}")
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,19 @@ from transformers import (
 import emoscale
 from emoscale import distributed
 from emoscale.config import ConfigError, load
-from emoscale.data.pairs import PairSteps
+from emoscale.data.pairs import Pairs, PairSteps
 from emoscale.data.streams import Corpus
 from emoscale.data.tokens import load_tokenizer
 from emoscale.models.bi_encoder import BiEncoder
 from emoscale.serving.evaluate import EvaluateConfig, evaluate
 from emoscale.training import checkpoint
-from emoscale.training.bi_encoder import PLAIN
 from emoscale.training.corpora import make_encoder, open_corpora
+from emoscale.training.encoders import PLAIN
 from emoscale.training.export import export
 from emoscale.training.finetune import FinetuneConfig, _prepare
 from emoscale.training.run import RunConfig, check, pretrain
 from emoscale.training.systems import SYSTEMS
-from tests.corpora import write_corpus
+from tests.corpora import add_to_corpus, write_corpus
 from tests.pairs import ENCODERS, STILL, SYSTEM, TEXT, VIT, Pictured, t5_tokenizer
 from tests.training.forks import Forks
 from tests.training.runs import RECIPE, STEPS, Runs, assert_same_run, rows, wait_for_step
@@ -101,7 +102,7 @@ def test_it_builds_its_own_model_objective_and_sequence(corpus: Path) -> None:
     ([*ENCODERS, "objectives={image_txt: {}}"], "did you mean 'image_text'"),
     ([*ENCODERS, "objectives={image_text: {weight: 0}}"], "none is left to train"),
     ([*ENCODERS, "pair.width=-1"], "width: -1 is negative"),
-    ([*ENCODERS, "data.weights=[1.0]"], "pairs are numbered over all corpora"),
+    ([*ENCODERS, "data.weights=[1.0]"], "data.weights: pairs of all corpora are drawn alike"),
 ])  # fmt: skip
 def test_what_cannot_be_built_is_said(corpus: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -208,7 +209,34 @@ def test_a_killed_run_goes_on_bit_equal(runs: Runs, tmp_path: Path, world: int, 
     assert "tasks.image_text.log_scale" in names
 
 
-FINETUNE = ["head={name: concat}", "modalities=[text, visual]", "folds=3", "run_folds=[0]", "seeds=[1]", "steps=4", "eval_every=2", "batch=8", "threads=1", "max_text=30"]
+@pytest.mark.slow
+def test_a_run_goes_on_with_pairs_that_came_later(runs: Runs, tmp_path: Path) -> None:
+    """70 utterances, 16 pairs a step: the pass in progress ends without the new ones."""
+    words, folder, corpus = [*FEW, "run.save_every=2"], tmp_path / "run", Path(shutil.copytree(runs.corpus, tmp_path / "corpus"))
+    runs.start(folder, *words, "run.steps=4", corpus=corpus).succeed()
+    before = rows(folder)
+    add_to_corpus(corpus, Pictured(100).items)
+    shutil.rmtree(folder / "checkpoints/step_00000004")
+    assert "corpora have grown: [70] → [100] utterances" in runs.start(folder, *words, "run.steps=4", corpus=corpus).succeed()
+    pairs = len(Pairs(Corpus(runs.corpus)))
+    same = pairs // 16  # steps that lie wholly in the first pass
+    assert same == 3
+    assert rows(folder)[:same] == before[:same]
+    assert rows(folder)[3] != before[3]
+
+
+FINETUNE = [
+    "head={name: concat}",
+    "modalities=[text, visual]",
+    "folds=3",
+    "run_folds=[0]",
+    "seeds=[1]",
+    "steps=4",
+    "eval_every=2",
+    "batch=8",
+    "threads=1",
+    "max_text=30",
+]
 
 
 def test_emotions_are_fine_tuned_from_pairs_and_served(runs: Runs, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,17 @@ import torch
 from emoscale.config import DataError
 from emoscale.distributed import World
 from emoscale.training import checkpoint
-from emoscale.training.checkpoint import State, find_latest, load, restore_random_state, save, verify
+from emoscale.training.checkpoint import (
+    State,
+    find_latest,
+    list_steps,
+    load,
+    random_states,
+    restore_random_state,
+    retire,
+    verify,
+    write,
+)
 
 WORLD = World()
 
@@ -23,12 +34,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def save_step(folder: Path, step: int, keep: int = 2) -> Path:
+def save_step(folder: Path, step: int, keep: int = 2, keep_every: int = 0) -> Path:
     assets = folder.parent / "assets"
     (assets / "tokenizer").mkdir(parents=True, exist_ok=True)
     (assets / "tokenizer" / "vocab.txt").write_text("a\n")
-    state = State(step, {"w": torch.full((2, 3), float(step))}, {"w.exp_avg": torch.ones(2, 3)}, step, {"seed": 1})
-    return save(folder, state, WORLD, assets, keep=keep)
+    state = State(step, {"w": torch.full((2, 3), float(step))}, {"w.exp_avg": torch.ones(2, 3)}, step, {"seed": 1}, random_states())
+    written = write(folder, state, assets)
+    retire(folder, written, keep=keep, keep_every=keep_every)
+    return written
 
 
 def damage(path: Path) -> None:
@@ -45,7 +58,11 @@ def test_what_is_saved_comes_back(folder: Path):
     torch.testing.assert_close(state.moments, {"w.exp_avg": torch.ones(2, 3)})
     assert (folder / "latest").read_text() == written.name == "step_00000005"
     assert set(verify(written)) == {
-        "weights.safetensors", "moments.safetensors", "rng_00000.safetensors", "state.json", "assets/tokenizer/vocab.txt",
+        "weights.safetensors",
+        "moments.safetensors",
+        "rng_00000.safetensors",
+        "state.json",
+        "assets/tokenizer/vocab.txt",
     }
 
 
@@ -77,6 +94,21 @@ def test_only_the_newest_are_kept(folder: Path, keep: int):
     assert [path.name for path in sorted(folder.glob("step_*"))] == [f"step_{n:08d}" for n in (1, 2, 10, 11)[-keep:]]
 
 
+def test_milestones_are_kept_for_good(folder: Path):
+    for step in (5, 10, 15, 20, 25, 30):
+        save_step(folder, step, 2, 10)
+    assert [path.name for path in list_steps(folder)] == [f"step_{n:08d}" for n in (30, 25, 20, 10)]
+
+
+def test_what_is_being_uploaded_is_spared(folder: Path):
+    for step in (1, 2):
+        newest = save_step(folder, step)
+    retire(folder, newest, keep=1, spare={"step_00000001"})
+    assert len(list_steps(folder)) == 2
+    retire(folder, newest, keep=1)
+    assert list_steps(folder) == [newest]
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "moments.safetensors", "state.json", "manifest.json", "assets/tokenizer/vocab.txt"])
 @pytest.mark.parametrize("how", ["damaged", "missing"])
 def test_the_older_one_stands_in_for_a_damaged_one(folder: Path, caplog: pytest.LogCaptureFixture, name: str, how: str):
@@ -100,7 +132,7 @@ def test_all_damaged_is_an_error(folder: Path):
         load(folder / "step_00000002")
 
 
-@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 3}', '{"files": ["a"]}', "\udcff"])
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 3}', '{"files": ["a"]}', "\udcff", '{"files": {}}', '{"files": {"../x": "0"}}'])
 def test_a_torn_manifest_is_named(folder: Path, manifest: str):
     written = save_step(folder, 1)
     (written / "manifest.json").write_bytes(manifest.encode(errors="surrogateescape"))
@@ -146,6 +178,21 @@ def test_latest_moves_after_the_checkpoint_is_in_place(folder: Path, monkeypatch
     monkeypatch.setattr(checkpoint.os, "replace", replace)
     save_step(folder, 4)
     assert renamed == ["manifest.json", "step_00000004", "latest"]
+
+
+def test_a_full_disk_leaves_nothing_half_written(folder: Path):
+    """A real limit on the size of files stands for the disk: the write fails inside safetensors."""
+    save_step(folder, 1)
+    state = State(2, {"w": torch.zeros(1 << 16)}, {"m": torch.zeros(1)}, 2, {}, random_states())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            write(folder, state, folder.parent / "assets")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000001"]
+    assert load(folder / "step_00000001").step == 1
 
 
 def test_a_step_can_be_saved_again(folder: Path):

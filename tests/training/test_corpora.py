@@ -57,6 +57,16 @@ def test_a_grown_corpus_is_taken_up_where_the_run_stands(two: list[str]) -> None
             open_corpora(config(corpora=two, **choice), 1, known, place=50)
 
 
+def test_what_is_made_of_utterances_grows_with_them(two: list[str]) -> None:
+    known = [stage.record() for stage in open_corpora(config(corpora=two[:1]), 1).stages]
+    add_to_corpus(Path(two[0]), Synthetic(36, seed=30, **SHAPE))
+    again = open_corpora(config(corpora=two[:1]), 1, known, place=7)
+    order = again.order_of({10: 30, 14: 36}, 1, 1 << 16)
+    assert sorted(order.at(place)[1] for place in range(10)) == list(range(10))
+    assert sorted(order.at(place)[1] for place in range(10, 24)) == list(range(14))
+    assert again.order_of({10: 30}, 1, 1 << 16).at(25)[0] == 2
+
+
 def test_a_url_is_read_through_the_cache_and_a_folder_is_not(two: list[str], tmp_path: Path) -> None:
     given = config(corpora=[f"file://{two[0]}", two[1]], cache=str(tmp_path / "cache"), cache_gb=1e-5)
     remote, local = open_all(given)

@@ -17,12 +17,13 @@ from emoscale.config import ConfigError, load
 from emoscale.data.streams import Corpus
 from emoscale.data.synthetic import Synthetic
 from emoscale.models.config import TowerConfig
-from emoscale.models.pretrained import TextTower, described
+from emoscale.models.pretrained import TextTower, described, read_config
 from emoscale.training import checkpoint
-from emoscale.training.encoders import freeze, load_weights, tower_config
+from emoscale.training.encoders import load_weights, tower_config
 from emoscale.training.export import export
 from emoscale.training.finetune import FinetuneConfig, finetune
 from emoscale.training.run import RunConfig, check, pretrain
+from emoscale.training.start import freeze
 from tests.corpora import HOP, recorded, write_corpus
 from tests.data.test_dialogues import Talks
 from tests.models.test_pretrained import TEXTS, VOICE
@@ -157,6 +158,14 @@ def test_a_model_that_reads_no_waveform_is_refused(corpus: Path, tmp_path: Path)
         check(config)
 
 
+def test_options_of_a_kind_reach_what_it_derives_from_them() -> None:
+    """ConvNeXt names its stages when it is made."""
+    options = {"image_size": 32, "num_stages": 3, "hidden_sizes": [8, 16, 24], "depths": [1, 1, 1]}
+    config = tower_config(TowerConfig(type="convnext", options=options), "here")
+    assert config.out_features == ["stage3"]
+    assert described(read_config(described(config))) == described(config)
+
+
 def test_published_weights_are_loaded_whole(tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = BertModel(BertConfig(**BERT))
@@ -164,7 +173,7 @@ def test_published_weights_are_loaded_whole(tmp_path: Path) -> None:
     tower = TowerConfig(source=str(tmp_path / "bert"), freeze=["embeddings"])
     module = TextTower(described(tower_config(tower, "here"))).model
     load_weights(tower, module, "here")
-    freeze(tower, module, "here")
+    freeze(tower.freeze, module, "here")
     ids = torch.randint(5, 100, (2, 9))
     torch.testing.assert_close(module.eval()(input_ids=ids).last_hidden_state, model.eval()(input_ids=ids).last_hidden_state)
     assert not any(value.requires_grad for value in module.embeddings.parameters())

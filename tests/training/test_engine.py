@@ -116,9 +116,10 @@ def test_nan_names_the_utterances_and_stops_in_the_end(poisoned: dict[str, Any],
     found = poisoned[stage]
     assert "not finite for 3 steps in a row, which is the limit" in found["message"]
     assert found["poisoned"]
-    named = {name for line in found["log"] for name in line.split("utterances: ")[1].split(", ")}
+    told = [line for line in found["log"] if "not finite" in line]  # a loaded machine's log may also tell of a slow rank
+    named = {name for line in told for name in line.split("utterances: ")[1].split(", ")}
     assert named == set(found["poisoned"])
-    assert [line.split("(")[1].split(" in")[0] for line in found["log"]] == ["1", "1", "2", "3"]
+    assert [line.split("(")[1].split(" in")[0] for line in told] == ["1", "1", "2", "3"]
 
 
 @pytest.mark.slow
@@ -134,9 +135,13 @@ def test_states_go_on_bit_equal_at_their_stage_and_alike_at_another(forks: Forks
             assert to["relative"] <= (1e-6 if precision == "fp32" else 1e-3)
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"stage": 4}, "stage: 4"), ({"stage": 2, "offload_parameters": True}, "needs stage 3"),
-])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stage": 4}, "stage: 4"),
+        ({"stage": 2, "offload_parameters": True}, "needs stage 3"),
+    ],
+)
 def test_zero_config_refuses(values: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         ZeroConfig(**values).validate()

@@ -16,7 +16,8 @@ from emoscale.config import ConfigError, DataError, load
 from emoscale.data.labelled import Part
 from emoscale.training import checkpoint
 from emoscale.training.finetune import FinetuneConfig, _prepare, _recipe
-from emoscale.training.finetune_run import _build, answer, start_of
+from emoscale.training.finetune_run import answer
+from emoscale.training.finetune_start import Starts, start_of
 from tests.tuned import Tuned
 
 
@@ -33,7 +34,7 @@ def source_of(arm: Any) -> Path | None:
 
 def built(tuned: Tuned, *more: str) -> Any:
     arm, recipe, data, fold = prepared(tuned, *more)
-    return _build(arm, start_of(arm, recipe, data, source_of(arm))[1], data, fold.train, 1, source_of(arm))
+    return Starts().build(arm, start_of(arm, recipe, data, source_of(arm))[1], data, fold.train, 1, source_of(arm))
 
 
 def pretrained(tuned: Tuned) -> dict[str, torch.Tensor]:
@@ -160,7 +161,7 @@ def test_what_requires_a_gradient(mode: str, tuned: Tuned) -> None:
 def test_class_weights_come_from_the_training_rows(tuned: Tuned) -> None:
     arm, recipe, data, fold = prepared(tuned, "head={name: classify, class_weights: true}")
     rows = fold.train[:20]
-    model = _build(arm, start_of(arm, recipe, data, source_of(arm))[1], data, rows, 1, source_of(arm))
+    model = Starts().build(arm, start_of(arm, recipe, data, source_of(arm))[1], data, rows, 1, source_of(arm))
     weights = model.tasks["classify"].class_weights.numpy()
     counts = np.bincount(data.labels[rows], minlength=4)
     np.testing.assert_allclose(weights * counts, len(rows) / 4, rtol=1e-6)
@@ -170,7 +171,7 @@ def test_class_weights_come_from_the_training_rows(tuned: Tuned) -> None:
 def test_answers_do_not_depend_on_the_batch_and_come_in_order(tuned: Tuned) -> None:
     arm, recipe, data, fold = prepared(tuned, "head={name: prompt}")
     encoder, shape = start_of(arm, recipe, data, source_of(arm))
-    model = _build(arm, shape, data, fold.train, 1, source_of(arm))
+    model = Starts().build(arm, shape, data, fold.train, 1, source_of(arm))
     rows = fold.test[::-1].copy()
     whole = answer(model, "prompt", Part(data, rows), encoder, 1 << 14)
     single = np.concatenate([answer(model, "prompt", Part(data, rows[i : i + 1]), encoder, 1 << 14) for i in range(len(rows))])
@@ -185,7 +186,7 @@ def test_utterances_without_the_arms_modalities_are_answered_all_the_same(tuned:
     faceless = np.array([i for i, item in enumerate(data.utterances) if not len(item.visual)])
     assert len(faceless) >= 2
     encoder, shape = start_of(arm, recipe, data, source_of(arm))
-    answers = answer(_build(arm, shape, data, fold.train, 1, source_of(arm)), "classify", Part(data, faceless), encoder, 1 << 14)
+    answers = answer(Starts().build(arm, shape, data, fold.train, 1, source_of(arm)), "classify", Part(data, faceless), encoder, 1 << 14)
     np.testing.assert_allclose(answers, answers[:1].repeat(len(answers), 0), atol=1e-6)
 
 
@@ -195,4 +196,4 @@ def test_features_that_are_not_finite_cannot_be_scored(tuned: Tuned) -> None:
     data[broken].acoustic = np.full_like(data[broken].acoustic, np.nan)
     encoder, shape = start_of(arm, recipe, data, source_of(arm))
     with pytest.raises(DataError, match=rf"1 utterances have features that are not finite.*{data[broken].id}"):
-        answer(_build(arm, shape, data, fold.train, 1, source_of(arm)), "classify", Part(data, fold.test), encoder, 1 << 14)
+        answer(Starts().build(arm, shape, data, fold.train, 1, source_of(arm)), "classify", Part(data, fold.test), encoder, 1 << 14)

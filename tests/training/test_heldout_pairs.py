@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from emoscale.config import DataError
-from emoscale.data.pairs import PairBatch, is_pair
+from emoscale.data.pairs import OBJECTIVE, PairBatch, is_pair
 from emoscale.models.bi_encoder import Aligned, in_pairs
+from emoscale.objectives.image_text import ImageText
+from emoscale.objectives.target_search import TEMPERATURE
 from emoscale.training.heldout_pairs import score_pairs
 from tests.pairs import Pictured, bi_encoder, encoder_of
 
@@ -21,6 +24,7 @@ class Knowing(torch.nn.Module):
         super().__init__()
         self.backbone = torch.nn.Linear(1, 1)
         self.knows = knows
+        self.tasks = torch.nn.ModuleDict({OBJECTIVE: ImageText(ImageText.Config())})
 
     def read(self, backbone: Any, batch: PairBatch) -> Aligned:
         numbers = torch.tensor([int(name.partition("#")[2]) for name in batch.ids])
@@ -41,6 +45,14 @@ def test_who_knows_finds_all_and_who_does_not_finds_none(knows: bool) -> None:
             measure = search[f"R@{k}"]
             assert (measure["value"], measure["low"], measure["high"]) == ((1.0,) * 3 if knows else (0.0,) * 3)
             assert measure["chance"] == pytest.approx(k / count)
+        loss, scale = search["loss"], 1 / TEMPERATURE
+        wanted = math.log(count - 1 + math.exp(scale)) - scale if knows else math.log(count)
+        assert (loss["value"], loss["low"], loss["high"]) == pytest.approx((wanted,) * 3, abs=1e-6)
+        assert loss["uniform"] == pytest.approx(math.log(count))
+    samples = found["text→image"]["samples"]
+    assert len({row["id"] for row in samples}) == len(samples) == 12
+    if knows:
+        assert all(row["found"][0]["id"] == row["id"] and row["text"] for row in samples)
 
 
 def test_the_table_does_not_depend_on_how_it_is_cut_into_batches() -> None:
@@ -48,11 +60,12 @@ def test_the_table_does_not_depend_on_how_it_is_cut_into_batches() -> None:
     pictured = Pictured(100, lack=0.0)
     encoder, model = encoder_of(pictured), bi_encoder().eval()
     whole: Any = type("Whole", (torch.nn.Module,), {"read": staticmethod(in_pairs)})()
-    whole.backbone = model
+    whole.backbone, whole.tasks = model, {OBJECTIVE: ImageText(ImageText.Config())}
     found = score_pairs(whole, pictured.items, encoder)
     back = score_pairs(whole, pictured.items[::-1], encoder)
     for name in found:
         assert found[name]["R@5"]["value"] == back[name]["R@5"]["value"]
+        assert found[name]["loss"]["value"] == pytest.approx(back[name]["loss"]["value"])
 
 
 def test_too_few_to_compare() -> None:

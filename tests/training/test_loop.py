@@ -58,3 +58,19 @@ def test_nan_features_are_named_and_counted(runs: Any, tmp_path: Path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["skipped"] == 1 and row["utterances"] == 39 for row in rows)
     assert f"1 utterances skipped, not finite or empty: {broken.id}" in (tmp_path / "run" / "train.log").read_text()
+
+
+@pytest.mark.parametrize(("workers", "read_s", "save_s"), [(0, 0.01, 0.0), (2, 0.05, 0.0), (2, 0.0, 0.3)])
+def test_data_wait_is_the_time_spent_in_the_loader(workers: int, read_s: float, save_s: float, forks: Forks, tmp_path: Path):
+    """Neither the time in which workers read ahead, nor that in which a checkpoint is written."""
+    forks.start("tests.training.waits:clocked", str(tmp_path / "seen.json"), workers, read_s, save_s).succeed()
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    beyond = sorted(said - spent for said, spent in zip(seen["said"], seen["spent"], strict=True))
+    assert 0 <= beyond[0] <= beyond[len(beyond) // 2] < 0.02
+    reading = seen["batch"] * read_s
+    if workers == 0:
+        assert min(seen["said"]) >= reading
+    elif reading:
+        assert sum(seen["said"]) >= 0.4 * (len(seen["said"]) / workers - 1) * reading, "two workers are no more than twice as fast, and a step is short"
+    else:
+        assert sorted(seen["said"])[len(seen["said"]) // 2] < save_s / 3, "while a checkpoint is written, workers read ahead"

@@ -17,7 +17,13 @@ def test_utterances_that_were_pre_trained_on_are_named(tuned: Tuned, caplog: pyt
     corpus = Corpus(tuned.corpus)
     with caplog.at_level("WARNING", logger="emoscale"):
         (row,) = heard_before([tuned.checkpoint, tuned.checkpoint], [corpus[3], corpus[5]])
-    assert row | {"corpora": []} == {"corpora": [], "compared": True, "scored": 2, "found": 2, "pairs": [(corpus[3].id, corpus[3].id), (corpus[5].id, corpus[5].id)]}
+    assert row | {"corpora": []} == {
+        "corpora": [],
+        "compared": True,
+        "scored": 2,
+        "found": 2,
+        "pairs": [(corpus[3].id, corpus[3].id), (corpus[5].id, corpus[5].id)],
+    }
     assert f"2 of 2 scored utterances stand in {tuned.corpus}" in caplog.text
 
 

@@ -92,9 +92,14 @@ def test_the_text_encoder_tells_more_than_the_majority_and_the_baseline(meld: tu
     majority = float(2 * shares.max() / (1 + shares.max()) / len(CLASSES))
     print(f"\nMELD, sentiment of the next of {len(truth)} utterances of dev; majority: WA {100 * shares.max():.1f}, macro-F1 {100 * majority:.1f}")
     for name, scores in results["arms"].items():
-        told = "  ".join(f"{metric} {100 * scores[metric]:.1f} ({100 * inside['low']:.1f}–{100 * inside['high']:.1f})" for metric, inside in scores["intervals"].items())
+        told = "  ".join(
+            f"{metric} {100 * scores[metric]:.1f} ({100 * inside['low']:.1f}–{100 * inside['high']:.1f})" for metric, inside in scores["intervals"].items()
+        )
         print(f"  {name:<28} {told}")
     for pair, metrics in results["differences"].items():
-        print(f"  {pair}: " + "  ".join(f"{metric} {100 * gain['value']:+.1f} ({100 * gain['low']:+.1f} … {100 * gain['high']:+.1f})" for metric, gain in metrics.items()))
+        print(
+            f"  {pair}: "
+            + "  ".join(f"{metric} {100 * gain['value']:+.1f} ({100 * gain['low']:+.1f} … {100 * gain['high']:+.1f})" for metric, gain in metrics.items())
+        )
     assert results["arms"]["TCMP"]["intervals"]["mf1"]["low"] > majority
     assert results["differences"]["TCMP − recurrent baseline"]["mf1"]["value"] > 0

@@ -228,7 +228,9 @@ def tables(speech: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFac
             inside = scores["intervals"]["uar"]
             line = f"  {arm:<28} UAR {100 * scores['uar']:5.1f} ({100 * inside['low']:.1f}–{100 * inside['high']:.1f})"
             gain = results["differences"].get(f"{arm} − direct")
-            print(line + (f"   − direct {100 * gain['uar']['value']:+5.1f} ({100 * gain['uar']['low']:+.1f} … {100 * gain['uar']['high']:+.1f})" if gain else ""))
+            print(
+                line + (f"   − direct {100 * gain['uar']['value']:+5.1f} ({100 * gain['uar']['low']:+.1f} … {100 * gain['uar']['high']:+.1f})" if gain else "")
+            )
     return found
 
 

@@ -22,8 +22,18 @@ KINDS = ("av", "video", "audio", "av_segment")
 FOLDS = 5
 DRAWS = 20
 TRAIN = [
-    "model.size=tiny", "data.global_batch=32", "data.max_tokens=4096", "data.workers=0", "run.steps=250", "run.save_every=250",
-    "run.log_every=50", "run.precision=fp32", "optim.lr=1e-3", "optim.warmup=20", "data.max_visual=36", "run.threads=2",
+    "model.size=tiny",
+    "data.global_batch=32",
+    "data.max_tokens=4096",
+    "data.workers=0",
+    "run.steps=250",
+    "run.save_every=250",
+    "run.log_every=50",
+    "run.precision=fp32",
+    "optim.lr=1e-3",
+    "optim.warmup=20",
+    "data.max_visual=36",
+    "run.threads=2",
 ]
 
 
@@ -54,9 +64,14 @@ def corpus(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         writer.writeheader()
         writer.writerows(rows)
     words = [
-        f"source={folder / 'manifest.csv'}", f"output={folder / 'corpus'}", "preprocess.faces.detector=yunet",
-        f"preprocess.faces.model={(shared / 'data' / 'models' / 'yunet_n_640_640.onnx').resolve()}", "preprocess.subtitles.min_duration=0.4",
-        "preprocess.visual.encoder=teacher", f"teacher.stills={stills / 'stills'}", "teacher.classes=[neutral,happy,surprise,sad,anger]",
+        f"source={folder / 'manifest.csv'}",
+        f"output={folder / 'corpus'}",
+        "preprocess.faces.detector=yunet",
+        f"preprocess.faces.model={(shared / 'data' / 'models' / 'yunet_n_640_640.onnx').resolve()}",
+        "preprocess.subtitles.min_duration=0.4",
+        "preprocess.visual.encoder=teacher",
+        f"teacher.stills={stills / 'stills'}",
+        "teacher.classes=[neutral,happy,surprise,sad,anger]",
     ]
     emoscale("prepare", *words)
     return folder / "corpus", rows

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+import emoscale
 from emoscale import distributed
-from emoscale.config import ConfigError, load
+from emoscale.batch import Utterance
+from emoscale.config import ConfigError, DataError, load
+from emoscale.data.streams import Corpus
+from emoscale.data.synthetic import Synthetic
 from emoscale.data.tokens import load_tokenizer
+from emoscale.data.turns import Turns
 from emoscale.models.response import ResponseModel
 from emoscale.training.corpora import make_encoder, open_corpora
+from emoscale.training.export import export
 from emoscale.training.respond import read_response_objectives, response_flops
-from emoscale.training.run import RunConfig, check
+from emoscale.training.run import RunConfig, check, pretrain
+from emoscale.training.stock import export_encoders
 from emoscale.training.systems import SYSTEMS
-from tests.chats import RESPONSE, write_chats, write_judge
+from tests.chats import LENGTHS, RESPONSE, write_chats, write_judge
+from tests.corpora import add_to_corpus, recorded, write_corpus
+from tests.data.test_turns import Chats
+from tests.pairs import SIDE, VIT
 from tests.training.forks import Forks
 from tests.training.runs import RECIPE, STEPS, Runs, assert_same_run, rows, wait_for_step
 
@@ -59,8 +72,8 @@ def test_it_is_built_with_the_tasks_of_the_paper(chats: Path, judge: Path) -> No
     assert list(built(chats, all_five(judge))[2].model.tasks)[-1] == "response_emotion"
 
 
-def gradients(chats: Path, judge: Path, world: int, max_tokens: int) -> dict[str, torch.Tensor]:
-    config, opened, made = built(chats, all_five(judge), f"data.max_tokens={max_tokens}")
+def gradients(chats: Path, judge: Path, world: int, max_tokens: int, *words: str) -> dict[str, torch.Tensor]:
+    config, opened, made = built(chats, all_five(judge), f"data.max_tokens={max_tokens}", *words)
     shares = [SYSTEMS["response"].steps(config, opened, made, distributed.World(rank, world))[2] for rank in range(world)]
     counts = {name: sum(b.targets[name].count for data in shares for b in data.batches) for name in made.model.tasks}
     for data in shares:
@@ -116,11 +129,94 @@ def test_the_flops_of_a_step_grow_with_what_is_read(chats: Path) -> None:
     one = response_flops(made, alone)
     alone.batches = alone.batches * 2
     assert response_flops(made, alone) == pytest.approx(2 * one)
-    assert one > 2 * sum(batch.tokens for batch in alone.batches[: len(alone.batches) // 2]) * sum(p.numel() for p in made.model.backbone.model.get_encoder().layers.parameters()) / 3
+    assert (
+        one
+        > 2
+        * sum(batch.tokens for batch in alone.batches[: len(alone.batches) // 2])
+        * sum(p.numel() for p in made.model.backbone.model.get_encoder().layers.parameters())
+        / 3
+    )
 
 
 def test_check_runs_one_step(chats: Path, judge: Path) -> None:
     check(load(RunConfig, None, [*RESPONSE, f"data.corpora=[{chats}]", all_five(judge)]))
+
+
+SEEING = [f"model.encoders.visual={{type: vit, options: {json.dumps(VIT)}}}"]
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dialogues whose faces are kept as they were recorded."""
+    chats = Chats(Synthetic(40, visual_width=6, acoustic_width=5, expressions=3), LENGTHS)
+    chats.manifest["visual_emotion"]["teacher_sha256"] = "0" * 64
+    return write_corpus(tmp_path_factory.mktemp("pictured") / "corpus", *recorded(chats.items, chats.manifest, SIDE))
+
+
+def test_pictures_are_seen_by_an_image_encoder_that_trains_with_the_rest(pictured: Path) -> None:
+    config, opened, made = built(pictured, *SEEING)
+    tower = made.model.backbone.tower
+    assert (tower.side, made.model.backbone.picture.in_features) == (SIDE, 32)
+    steps = SYSTEMS["response"].steps(config, opened, made, distributed.World())
+    seeing = next(batch for step in range(9) for batch in steps[step].batches if len(batch.pictures))
+    loss, _ = made.model(seeing, {name: 1.0 for name in made.model.tasks})
+    loss.backward()
+    assert not [name for name, value in made.model.named_parameters() if value.requires_grad and value.grad is None]
+    assert tower.model.embeddings.patch_embeddings.projection.weight.grad.abs().max() > 0
+    blind = (
+        SYSTEMS["response"]
+        .steps(load(RunConfig, None, [*RESPONSE, f"data.corpora=[{pictured}]", *SEEING, "turns.ground=none"]), opened, made, distributed.World())[0]
+        .batches[0]
+    )
+    made.model.zero_grad()
+    made.model(blind, {name: 1.0 for name in made.model.tasks})[0].backward()
+    assert tower.model.embeddings.cls_token.grad is not None, "it runs where there is no picture too"
+    assert not tower.model.embeddings.cls_token.grad.any()
+    assert SYSTEMS["response"].flops(made, steps[0]) > SYSTEMS["response"].flops(built(pictured)[2], steps[0])
+
+
+def test_an_image_encoder_changes_with_neither_ranks_nor_micro_batches(pictured: Path, judge: Path) -> None:
+    whole, shared = (gradients(pictured, judge, world, 4096, *SEEING) for world in (1, 2))
+    assert whole.keys() == shared.keys()
+    assert any(name.startswith("backbone.tower.") for name in whole)
+    off = sum(float((shared[name].double() - value.double()).square().sum()) for name, value in whole.items())
+    assert (off / sum(float(value.double().square().sum()) for value in whole.values())) ** 0.5 <= LIMIT
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["turns.frame=mean"], "turns.frame: mean is of features"),
+    (["model.encoders.text={type: bert}"], "words are read by model.generator"),
+    (["model.encoders.visual.options={image_size: 32}"], "takes pictures of 32×32, the corpus has 16×16"),
+    (["model.encoders.visual.freeze=[nothing]"], "no parameter begins with 'nothing'"),
+])  # fmt: skip
+def test_an_image_encoder_that_cannot_be_built(pictured: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        built(pictured, *SEEING, *words)
+
+
+def test_features_are_no_pictures(chats: Path) -> None:
+    with pytest.raises(ConfigError, match="no pictures; prepare it with"):
+        built(chats, *SEEING)
+
+
+def test_who_sees_pictures_is_trained_exported_and_answers(pictured: Path, tmp_path: Path) -> None:
+    given = [word for word in RESPONSE if not word.startswith("run.output")]
+    config = load(
+        RunConfig, None, [*given, *SEEING, f"data.corpora=[{pictured}]", f"run.output={tmp_path / 'run'}", "run.steps=2", "run.save_every=2", "optim.warmup=0"]
+    )
+    pretrain(config)
+    loaded: Any = emoscale.load(str(export(tmp_path / "run", tmp_path / "model")))
+    Image.fromarray(np.full((40, 30, 3), 90, np.uint8)).save(tmp_path / "face.png")
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"text": "the door", "picture": str(tmp_path / "face.png")}))
+    (turn,) = loaded.dialogues(tmp_path / "talk.jsonl")[""]
+    shown = [loaded.reader(turns)[0].pictures for turns in ([turn, Utterance("b")], [turn])]
+    assert [len(pictures) for pictures in shown] == [1, 1]
+    assert np.abs(shown[0][0].picture * 255 - 90).max() <= 2
+    assert isinstance(loaded.respond([[turn]])[0], str)
+    (tmp_path / "talk.jsonl").write_text('{"text": "the door", "visual": [[1.0]]}')
+    with pytest.raises(DataError, match="the model sees pictures; give picture or media"):
+        loaded.dialogues(tmp_path / "talk.jsonl")
+    assert export_encoders(tmp_path / "run", tmp_path / "encoders") == ["generator", "picture"]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +262,22 @@ def test_a_killed_run_goes_on_bit_equal(runs: Runs, judge: Path, tmp_path: Path,
     ranks.wait()
     runs.start(folder, *words, world=world).succeed()
     assert_same_run(folder, runs.unbroken(*words, world=world))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_dialogues_that_came_later(runs: Runs, tmp_path: Path) -> None:
+    """Eight responses a step: the pass in progress ends without the new dialogues."""
+    words, folder, corpus = [*GIVEN, *SAME, "run.save_every=2"], tmp_path / "run", Path(shutil.copytree(runs.corpus, tmp_path / "corpus"))
+    runs.start(folder, *words, "run.steps=4", corpus=corpus).succeed()
+    before, known = rows(folder), [Corpus(corpus)[number] for number in range(len(Corpus(corpus)))]
+    source = Synthetic(40, visual_width=6, acoustic_width=5, expressions=3, seed=4)
+    add_to_corpus(corpus, [*known, *Chats(source, {"x": 9, "y": 9}).items])
+    shutil.rmtree(folder / "checkpoints/step_00000004")
+    assert f"corpora have grown: [{len(known)}] → [{len(known) + 18}] utterances" in runs.start(folder, *words, "run.steps=4", corpus=corpus).succeed()
+    same = len(Turns(Corpus(runs.corpus), 3)) // 8  # steps that lie wholly in the first pass
+    assert same == 3
+    assert rows(folder)[:same] == before[:same]
+    assert rows(folder)[3] != before[3]
 
 
 def test_fine_tuning_on_responses_goes_on_from_a_pre_training(runs: Runs, judge: Path, tmp_path: Path) -> None:

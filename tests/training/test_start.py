@@ -14,7 +14,7 @@ from emoscale.data.tokens import load_tokenizer
 from emoscale.models.config import ModelConfig
 from emoscale.training import checkpoint
 from emoscale.training.build import Built, build
-from emoscale.training.start import find_checkpoint, start_from
+from emoscale.training.start import _listed, find_checkpoint, freeze, start_from
 from tests.training.test_build import ALL, encoder
 from tests.tuned import Tuned
 
@@ -66,6 +66,11 @@ def test_an_earlier_run_gives_all_that_fits(tuned: Tuned, tmp_path: Path, caplog
     assert "not of this shape there: backbone.acoustic.masked" in caplog.text
 
 
+def test_a_line_of_the_log_names_five_weights_and_counts_the_rest() -> None:
+    assert _listed(list("abcde")) == "a, b, c, d, e"
+    assert _listed(list("abcdefg")) == "a, b, c, d, e and 2 more"
+
+
 def test_a_run_of_another_width_or_tokenizer_is_refused(tuned: Tuned, tmp_path: Path) -> None:
     given = encoder(tmp_path)
     own = given.text.tokenizer
@@ -82,3 +87,12 @@ def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         start_from(str(tmp_path), None, None)  # type: ignore[arg-type]  # found out before either is looked at
+
+
+def test_parameters_are_frozen_by_the_beginnings_of_their_names(model: ModelConfig, tmp_path: Path) -> None:
+    built = build(model, ALL, encoder(tmp_path), seed=1, per_step=False)
+    freeze(["backbone.text.", "backbone.layers.0."], built.model, "model.freeze")
+    still = {name for name, value in built.model.named_parameters() if not value.requires_grad}
+    assert still == {name for name, _ in built.model.named_parameters() if name.startswith(("backbone.text.", "backbone.layers.0."))}
+    with pytest.raises(ConfigError, match=r"model\.freeze: no parameter begins with 'layers\.'; they begin with backbone\.acoustic"):
+        freeze(["layers."], built.model, "model.freeze")

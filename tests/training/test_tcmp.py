@@ -176,7 +176,9 @@ def test_a_saved_forecast_gives_the_answers_of_its_run_and_what_comes_next(runs:
     whole = [spoken[number] for number in range(len(spoken))]
     with (tmp_path / "table" / "predictions.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["arm"] == "tcmp"]
-    scored = evaluate(EvaluateConfig(model=str(tmp_path / "table" / "models" / "tcmp"), corpus=str(runs.corpus), speakers=sorted({row["speaker"] for row in rows})))
+    scored = evaluate(
+        EvaluateConfig(model=str(tmp_path / "table" / "models" / "tcmp"), corpus=str(runs.corpus), speakers=sorted({row["speaker"] for row in rows}))
+    )
     assert scored["wa"] == pytest.approx(sum(row["truth"] == row["predicted"] for row in rows) / len(rows))
     for arm in ("tcmp", "baseline"):
         model = emoscale.load(tmp_path / "table" / "models" / arm)
@@ -205,13 +207,13 @@ def arm_of(runs: Runs, *words: str) -> Any:
 
 def test_a_forecast_begins_with_what_the_dialogues_taught(runs: Runs) -> None:
     from emoscale.training.finetune import _recipe
-    from emoscale.training.finetune_run import _build, start_of
+    from emoscale.training.finetune_start import Starts, start_of
 
     source = runs.unbroken(*TCMP, *SEARCH, "zero.stage=1")
     config, (arms, data, folds) = arm_of(runs, f"init={source}")
     (arm,) = arms.values()
     checkpoint = arm.inits[1, folds[0].name]
-    model = _build(arm, start_of(arm, _recipe(config), data, checkpoint)[1], data, folds[0].train, 1, checkpoint)
+    model = Starts().build(arm, start_of(arm, _recipe(config), data, checkpoint)[1], data, folds[0].train, 1, checkpoint)
     known = {name: value for name, value in trained(source).items() if name.startswith("backbone.")}
     state = model.state_dict()
     assert known.keys() == {name for name in state if name.startswith("backbone.")}

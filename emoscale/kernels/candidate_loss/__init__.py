@@ -25,11 +25,7 @@ def _triton(context: Tensor, table: Tensor, candidates: Tensor, form: str) -> Te
 
 def _refuse(context: Tensor, candidates: Tensor | None = None) -> str | None:
     many = candidates is not None and candidates.shape[1] > MOST
-    return (
-        launch.refuse(context.device)
-        or launch.refuse_dtype(context.dtype)
-        or (f"takes up to {MOST} candidates per context" if many else None)
-    )
+    return launch.refuse(context.device) or launch.refuse_dtype(context.dtype) or (f"takes up to {MOST} candidates per context" if many else None)
 
 
 OP = Op(
@@ -40,9 +36,7 @@ OP = Op(
 )
 
 
-def candidate_loss(
-    context: Tensor, table: Tensor, candidates: Tensor, *, form: Form = "softmax", impl: str = "auto"
-) -> Tensor:
+def candidate_loss(context: Tensor, table: Tensor, candidates: Tensor, *, form: Form = "softmax", impl: str = "auto") -> Tensor:
     """Give the mean loss of finding each context's true utterance (column 0) among its candidates, scored by dot products.
 
     With z_0 the true score, z_j the others and σ the logistic function, per context: `softmax` −log softmax(z)_0, what
@@ -73,8 +67,5 @@ def candidate_loss(
             f"{list(candidates.shape)} must be [b, d], [u, d], [b, k] with k ≥ 1, and u ≥ 1 where b ≥ 1"
         )
     if context.dtype != table.dtype or candidates.dtype != torch.int64:
-        raise ValueError(
-            f"candidate_loss: context {context.dtype} and table {table.dtype} must be of one dtype, candidates "
-            f"{candidates.dtype} must be int64"
-        )
+        raise ValueError(f"candidate_loss: context {context.dtype} and table {table.dtype} must be of one dtype, candidates {candidates.dtype} must be int64")
     return OP.pick(impl, context, candidates)(context, table, candidates, form)

@@ -49,9 +49,7 @@ def candidate_loss_fwd_kernel(
         column = start + tl.arange(0, BD)
         inside = column < D
         ours = tl.load(context + i * D + column, mask=inside, other=0.0).to(tl.float32)
-        theirs = tl.load(
-            table + at[:, None] * D + column[None, :], mask=(real & exists)[:, None] & inside[None, :], other=0.0
-        ).to(tl.float32)
+        theirs = tl.load(table + at[:, None] * D + column[None, :], mask=(real & exists)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         score += tl.sum(ours[None, :] * theirs, axis=1)
     score = tl.where(exists, score, float("nan"))
     first = j == 0
@@ -125,9 +123,7 @@ def _uses(candidates: Tensor, u: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(rows, torch.arange(u + 1, device=rows.device))
 
 
-def _backward(
-    upstream: Tensor, context: Tensor, table: Tensor, candidates: Tensor, slopes: Tensor
-) -> tuple[Tensor, Tensor]:
+def _backward(upstream: Tensor, context: Tensor, table: Tensor, candidates: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     (b, d), u = context.shape, table.shape[0]
     d_context, d_table = torch.empty_like(context), torch.empty_like(table)
     if b == 0:
@@ -142,9 +138,7 @@ def _backward(
 
 
 LIBRARY.define("candidate_loss_fwd(Tensor context, Tensor table, Tensor candidates, str form) -> (Tensor, Tensor)")
-LIBRARY.define(
-    "candidate_loss_bwd(Tensor upstream, Tensor context, Tensor table, Tensor candidates, Tensor slopes) -> (Tensor, Tensor)"
-)
+LIBRARY.define("candidate_loss_bwd(Tensor upstream, Tensor context, Tensor table, Tensor candidates, Tensor slopes) -> (Tensor, Tensor)")
 LIBRARY.impl("candidate_loss_fwd", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("candidate_loss_bwd", _backward, "CompositeExplicitAutograd")
 
@@ -194,17 +188,11 @@ def variants() -> list[Variant]:
         forward = inputs | {"losses": "*fp32", "slopes": "*fp32", "u": "i32"}
         backward = inputs | {"slopes": "*fp32", "order": "*i64", "starts": "*i64", "upstream": "*fp32"}
         backward |= {"d_context": "*bf16", "d_table": "*bf16", "b": "i32", "u": "i32"}
-        pointers = tuple(
-            key for key, kind in (forward | backward).items() if kind.startswith("*") and key != "upstream"
-        )
+        pointers = tuple(key for key, kind in (forward | backward).items() if kind.startswith("*") and key != "upstream")
         for form, code in CODES.items():
             constants = sizes | {"KB": block, "BD": TILE // block, "FORM": code}
             aligned = tuple(key for key in pointers if key in forward)
-            found.append(
-                Variant(f"candidate_loss_fwd_{form}_{k}", candidate_loss_fwd_kernel, forward, constants, 4, 2, aligned)
-            )
+            found.append(Variant(f"candidate_loss_fwd_{form}_{k}", candidate_loss_fwd_kernel, forward, constants, 4, 2, aligned))
         aligned = tuple(key for key in pointers if key in backward)
-        found.append(
-            Variant(f"candidate_loss_bwd_{k}", candidate_loss_bwd_kernel, backward, sizes | {"BD": 1024}, 4, 2, aligned)
-        )
+        found.append(Variant(f"candidate_loss_bwd_{k}", candidate_loss_bwd_kernel, backward, sizes | {"BD": 1024}, 4, 2, aligned))
     return found

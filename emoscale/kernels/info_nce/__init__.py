@@ -79,9 +79,7 @@ def info_nce(
     _check(x, y, logit_scale, label_smoothing)
     if valid is not None:
         if valid.dtype != torch.bool or valid.shape not in (x.shape[1:2], x.shape[:2]):
-            raise ValueError(
-                f"info_nce: valid is {valid.dtype} {list(valid.shape)}; must be bool {list(x.shape[1:2])} or {list(x.shape[:2])}"
-            )
+            raise ValueError(f"info_nce: valid is {valid.dtype} {list(valid.shape)}; must be bool {list(x.shape[1:2])} or {list(x.shape[:2])}")
         valid = valid.expand(x.shape[:2])
     with torch.autocast(x.device.type, enabled=False):
         shards = shards_of(group, x, valid, sizes)
@@ -91,15 +89,12 @@ def info_nce(
 
 def _check(x: Tensor, y: Tensor, logit_scale: Tensor, label_smoothing: float) -> None:
     if x.dim() != 3 or x.shape != y.shape or x.shape[0] == 0 or x.shape[2] == 0:
-        raise ValueError(
-            f"info_nce: x {list(x.shape)} and y {list(y.shape)} must both be [b, d] or [p, b, d] with p, d ≥ 1"
-        )
+        raise ValueError(f"info_nce: x {list(x.shape)} and y {list(y.shape)} must both be [b, d] or [p, b, d] with p, d ≥ 1")
     if x.dtype != y.dtype or not x.is_floating_point():
         raise ValueError(f"info_nce: x is {x.dtype}, y {y.dtype}; cast both to one floating dtype")
     if logit_scale.numel() != 1 or len({x.device, y.device, logit_scale.device}) > 1:
         raise ValueError(
-            f"info_nce: logit_scale {list(logit_scale.shape)} on {logit_scale.device} must be one number on the device of "
-            f"x ({x.device}) and y ({y.device})"
+            f"info_nce: logit_scale {list(logit_scale.shape)} on {logit_scale.device} must be one number on the device of x ({x.device}) and y ({y.device})"
         )
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"info_nce: label_smoothing={label_smoothing} must be in [0, 1)")

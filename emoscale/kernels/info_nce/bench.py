@@ -190,9 +190,7 @@ def measure(inputs: Inputs, *, rounds: int = 5, threads: int | None = None, comp
     return {name: seen["seconds"] for name, seen in samples(inputs, run, rounds=rounds, threads=threads).items()}
 
 
-def samples(
-    inputs: Inputs, run: dict[str, Step], *, rounds: int = 5, threads: int | None = None
-) -> dict[str, dict[str, float]]:
+def samples(inputs: Inputs, run: dict[str, Step], *, rounds: int = 5, threads: int | None = None) -> dict[str, dict[str, float]]:
     """Give seconds (median, p20, p80) and extra peak MiB per competitor; rounds interleave, and the first warms up.
 
     Peak memory counts from before the run and holds the gradients.

@@ -74,9 +74,7 @@ def _ones(valid: Tensor | None, pair: int, like: Tensor) -> Tensor:
     return torch.ones_like(like[:, 0]) if valid is None else valid[pair].to(like.dtype)
 
 
-def statistics(
-    x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int
-) -> Sums:
+def statistics(x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int) -> Sums:
     """Give (top, total) of every row [p, b] and of every column [p, g] of the block, and the logits of the partners [p, b].
 
     Tops and logits are in units of `UNIT`: Σ exp(l) = total · exp(UNIT · top). A sum of nothing is (−inf, 0).
@@ -113,9 +111,7 @@ def _merge(top: Tensor, total: Tensor, other_top: Tensor, other: Tensor) -> None
     top.copy_(torch.where(other.isnan(), 0.0, higher))
 
 
-def _sums(
-    tile: Tile, x: Tensor, y: Tensor, rows: Tensor, cols: Tensor, tame: bool
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _sums(tile: Tile, x: Tensor, y: Tensor, rows: Tensor, cols: Tensor, tame: bool) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Give (top, total) of a tile's rows and of its columns; overwrites the tile."""
     logits = tile.logits
     top = logits.new_zeros(()) if tame else logits.amax()
@@ -177,14 +173,10 @@ def _shares(tile: Tile, sums: list[Tensor], valid: tuple[Tensor, Tensor], tame: 
     """Overwrite a tile's logits with the mean of both softmaxes; finite, but meaningless, where not valid."""
     logits, (rows, cols) = tile.logits, valid
     row_top, row_total, col_top, col_total = sums
-    row_total, col_total = (
-        torch.where(real > 0, 2 * total, float("inf")) for real, total in zip(valid, sums[1::2], strict=True)
-    )
+    row_total, col_total = (torch.where(real > 0, 2 * total, float("inf")) for real, total in zip(valid, sums[1::2], strict=True))
     row_top, col_top = (torch.where(real > 0, top, float("inf")) for real, top in zip(valid, sums[::2], strict=True))
     base = logits.new_zeros(()) if tame else logits.amax()
-    lift = torch.stack(
-        [(base - top - total.log()).max() for top, total in ((row_top, row_total), (col_top, col_total))]
-    )
+    lift = torch.stack([(base - top - total.log()).max() for top, total in ((row_top, row_total), (col_top, col_total))])
     if tame or not (lift > REACH).any():
         logits = logits.exp_() if tame else logits.sub_(base).exp_()
         a, b = ((base - top).exp_() / total for top, total in ((row_top, row_total), (col_top, col_total)))

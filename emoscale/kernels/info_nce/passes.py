@@ -25,9 +25,7 @@ def _module(form: str) -> ModuleType:
     return triton
 
 
-def _statistics(
-    x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int, form: str
-) -> Sums:
+def _statistics(x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int, form: str) -> Sums:
     return _module(form).statistics(x, y, scale, row_valid, col_valid, offset)
 
 
@@ -64,9 +62,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake("emoscale::info_nce_statistics")
-def _(
-    x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int, form: str
-) -> Sums:
+def _(x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int, form: str) -> Sums:
     rows, columns = (part.new_empty(part.shape[:2], dtype=_wide(x)) for part in (x, y))
     return rows, torch.empty_like(rows), columns, torch.empty_like(columns), torch.empty_like(rows)
 
@@ -89,9 +85,7 @@ def _(
     return x.new_empty(x.shape), y.new_empty(y.shape, dtype=wide), x.new_empty((), dtype=wide)
 
 
-def statistics(
-    x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int, form: str
-) -> Sums:
+def statistics(x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int, form: str) -> Sums:
     """See `blockwise.statistics`."""
     run = torch.ops.emoscale.info_nce_statistics if launch.looked_at() else _statistics
     return run(x, y, scale, row_valid, col_valid, offset, form)

@@ -9,9 +9,7 @@ from torch import Tensor
 from emoscale.kernels.info_nce.shards import Shards, gather
 
 
-def info_nce(
-    x: Tensor, y: Tensor, logit_scale: Tensor, valid: Tensor | None, smoothing: float, shards: Shards | None
-) -> Tensor:
+def info_nce(x: Tensor, y: Tensor, logit_scale: Tensor, valid: Tensor | None, smoothing: float, shards: Shards | None) -> Tensor:
     """Give the loss of [p, b, d] pairs with every logit in memory, in float32 or wider.
 
     Over ranks each computes the whole loss, with its own rows alone attached to the graph; their gradient is multiplied by

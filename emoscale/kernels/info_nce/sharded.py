@@ -12,9 +12,7 @@ from emoscale.kernels.info_nce.passes import UNITS, gradients, statistics
 from emoscale.kernels.info_nce.shards import Shards
 
 
-def info_nce(
-    x: Tensor, y: Tensor, logit_scale: Tensor, valid: Tensor | None, smoothing: float, shards: Shards | None, form: str
-) -> Tensor:
+def info_nce(x: Tensor, y: Tensor, logit_scale: Tensor, valid: Tensor | None, smoothing: float, shards: Shards | None, form: str) -> Tensor:
     """Give the loss of [p, b, d] pairs; `form` names who computes the two passes (`passes.UNITS`)."""
     return InfoNCE.apply(x, y, logit_scale, valid, smoothing, shards, form)
 
@@ -68,13 +66,9 @@ class InfoNCE(torch.autograd.Function):
         """Give the gradients whose mean over ranks is the whole batch's: this rank's share times the number of ranks."""
         x, columns, logit_scale, *sums, rows, valid, count = ctx.saved_tensors
         shards, size = ctx.shards, 1 if ctx.shards is None else ctx.shards.size
-        weight, shift = (
-            each.to(sums[0].dtype) for each in (upstream * size / (count * x.shape[0]), ctx.smoothing / count)
-        )
+        weight, shift = (each.to(sums[0].dtype) for each in (upstream * size / (count * x.shape[0]), ctx.smoothing / count))
         with torch.autocast(x.device.type, enabled=False):
-            dx, dy, dscale = gradients(
-                x, columns, logit_scale, sums, shift, weight, rows, valid, ctx.offset, 1 - ctx.smoothing, ctx.form
-            )
+            dx, dy, dscale = gradients(x, columns, logit_scale, sums, shift, weight, rows, valid, ctx.offset, 1 - ctx.smoothing, ctx.form)
         if shards is not None:
             dy = ranks.sum_own(dy, shards)
         dy = dy.to(x.dtype)

@@ -36,11 +36,7 @@ class Shards:
         """Give bool [p, g] of the real pairs of all ranks, or None where all are; `like` is any [p, …] tensor."""
         if not self.masked:
             return None
-        own = (
-            torch.ones((like.shape[0], self.rows[self.rank]), dtype=torch.bool, device=like.device)
-            if valid is None
-            else valid
-        )
+        own = torch.ones((like.shape[0], self.rows[self.rank]), dtype=torch.bool, device=like.device) if valid is None else valid
         return gather(own, self)
 
 
@@ -65,9 +61,7 @@ def shards_of(group: Any, x: Tensor, valid: Tensor | None, sizes: Sequence[int] 
     dist.all_gather(parts, mine, group=group)
     table = torch.stack(parts).tolist()
     if len({(row[0], row[1]) for row in table}) > 1:
-        raise ValueError(
-            f"info_nce: the ranks hold [p, d] = {[row[:2] for row in table]}; they must hold the same pairs and width"
-        )
+        raise ValueError(f"info_nce: the ranks hold [p, d] = {[row[:2] for row in table]}; they must hold the same pairs and width")
     rows = tuple(row[2] for row in table)
     return Shards(group, rank, rows, len(set(rows)) > 1 or any(row[3] for row in table))
 
@@ -88,9 +82,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def merge_columns(
-    top: Tensor, total: Tensor, terms: Tensor, unit: float, shards: Shards
-) -> tuple[Tensor, Tensor, Tensor]:
+def merge_columns(top: Tensor, total: Tensor, terms: Tensor, unit: float, shards: Shards) -> tuple[Tensor, Tensor, Tensor]:
     """Give (top, total) [p, g] of the columns over the rows of all ranks, and `terms` [p] summed over them: two small reductions."""
     highest = top.clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX, group=shards.group)

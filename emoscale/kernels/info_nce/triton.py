@@ -39,9 +39,7 @@ def _place(program, b, g, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexp
 
 
 @triton.jit
-def _products(
-    x, y, rows, cols, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr
-):
+def _products(x, y, rows, cols, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr):
     """Give ⟨x_row, y_col⟩ [BM, BN] in float32."""
     k = tl.arange(0, BK)
     x_at = x + rows.to(tl.int64)[:, None] * D + k[None, :]
@@ -167,10 +165,7 @@ def info_nce_band_kernel(
     # A total is at least 1/2 (its top is rounded up), so the tops alone bound the factors.
     far = tl.maximum(tl.max(top - over_row, axis=0), tl.max(top - over_col, axis=0))
     if far > REACH:
-        grad = (
-            tl.exp2(logits - over_row[:, None]) * per_row[:, None]
-            + tl.exp2(logits - over_col[None, :]) * per_col[None, :]
-        )
+        grad = tl.exp2(logits - over_row[:, None]) * per_row[:, None] + tl.exp2(logits - over_col[None, :]) * per_col[None, :]
     else:
         a, c = tl.exp2(top - over_row) * per_row, tl.exp2(top - over_col) * per_col
         grad = tl.exp2(logits - top) * (a[:, None] + c[None, :])
@@ -220,9 +215,7 @@ def _merge(tops: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
     return top, total
 
 
-def statistics(
-    x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int
-) -> Sums:
+def statistics(x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int) -> Sums:
     """See `blockwise.statistics`."""
     (p, b, d), g = x.shape, y.shape[1]
     partner = torch.empty((p, b), dtype=torch.float32, device=x.device)

@@ -49,8 +49,5 @@ def masked_kl(logits: Tensor, target: Tensor, rows: Tensor, *, impl: str = "auto
     Source: MEmoBERT (Zhao et al. 2022) §2.2, SpanMVFC-KL; the released code divides by c as well.
     """
     if logits.shape[0] != rows.shape[0] or logits.shape[1] != target.shape[1]:
-        raise ValueError(
-            f"masked_kl: logits {tuple(logits.shape)} must be [m, c] for target {tuple(target.shape)} [n, c] and "
-            f"rows {tuple(rows.shape)} [m]"
-        )
+        raise ValueError(f"masked_kl: logits {tuple(logits.shape)} must be [m, c] for target {tuple(target.shape)} [n, c] and rows {tuple(rows.shape)} [m]")
     return OP.pick(impl, logits, target)(logits, target, rows), int(rows.shape[0])

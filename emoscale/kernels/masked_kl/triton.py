@@ -85,9 +85,7 @@ def _forward(logits: Tensor, target: Tensor, rows: Tensor) -> Tensor:
     x, y = _dense(logits), _dense(target)
     tile = _tile(c, x.stride(0), y.stride(0))
     partial = torch.empty(triton.cdiv(m, tile["ROWS"]), dtype=torch.float32, device=logits.device)
-    masked_kl_fwd_kernel[(len(partial),)](
-        x, y, rows.contiguous(), partial, m, **tile, num_warps=_warps(tile)
-    )
+    masked_kl_fwd_kernel[(len(partial),)](x, y, rows.contiguous(), partial, m, **tile, num_warps=_warps(tile))
     return partial.sum()
 
 
@@ -98,9 +96,7 @@ def _backward(upstream: Tensor, logits: Tensor, target: Tensor, rows: Tensor) ->
         return grad
     x, y = _dense(logits), _dense(target)
     tile = _tile(c, x.stride(0), y.stride(0))
-    masked_kl_bwd_kernel[(triton.cdiv(m, tile["ROWS"]),)](
-        upstream, x, y, rows.contiguous(), grad, m, **tile, num_warps=_warps(tile)
-    )
+    masked_kl_bwd_kernel[(triton.cdiv(m, tile["ROWS"]),)](upstream, x, y, rows.contiguous(), grad, m, **tile, num_warps=_warps(tile))
     return grad
 
 

@@ -41,8 +41,5 @@ def masked_regression(pred: Tensor, target: Tensor, rows: Tensor, *, impl: str =
     Source: MEmoBERT (Zhao et al. 2022) §2.2, SpanMAFR and SpanMVFR.
     """
     if pred.shape[0] != rows.shape[0] or pred.shape[1] != target.shape[1]:
-        raise ValueError(
-            f"masked_regression: pred {tuple(pred.shape)} must be [m, d] for target {tuple(target.shape)} [n, d] and "
-            f"rows {tuple(rows.shape)} [m]"
-        )
+        raise ValueError(f"masked_regression: pred {tuple(pred.shape)} must be [m, d] for target {tuple(target.shape)} [n, d] and rows {tuple(rows.shape)} [m]")
     return OP.pick(impl, pred, target)(pred, target, rows), int(rows.shape[0])

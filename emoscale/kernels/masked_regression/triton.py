@@ -92,9 +92,7 @@ def _backward(upstream: Tensor, pred: Tensor, target: Tensor, rows: Tensor) -> T
         return grad
     x, y = _dense(pred), _dense(target)
     tile = _tile(d, x.stride(0), y.stride(0))
-    masked_regression_bwd_kernel[(triton.cdiv(m, tile["ROWS"]),)](
-        upstream, x, y, rows.contiguous(), grad, m, **tile, num_warps=4
-    )
+    masked_regression_bwd_kernel[(triton.cdiv(m, tile["ROWS"]),)](upstream, x, y, rows.contiguous(), grad, m, **tile, num_warps=4)
     return grad
 
 

@@ -41,11 +41,7 @@ def max_mean_pool(x: Tensor, cu_seqlens: Tensor, *, impl: str = "auto") -> Tenso
     Source: TCMP (2023), eq. 4.
     """
     if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(
-            f"max_mean_pool: x is {x.dtype} {list(x.shape)}, must be packed tokens [t, d] of a floating type"
-        )
+        raise ValueError(f"max_mean_pool: x is {x.dtype} {list(x.shape)}, must be packed tokens [t, d] of a floating type")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            f"max_mean_pool: cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}, must be integer boundaries [b + 1]"
-        )
+        raise ValueError(f"max_mean_pool: cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}, must be integer boundaries [b + 1]")
     return OP.pick(impl, x)(x, cu_seqlens)

@@ -28,7 +28,7 @@ def differentiable(
             return pooled
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch gives one gradient per output
             return backward(grad, *ctx.saved_tensors), None
 
     return MaxMeanPool.apply

@@ -113,9 +113,7 @@ def check(inputs: Inputs, run: dict[str, Step]) -> None:
         ValueError: one is wrong; it must not be timed.
     """
     x = inputs.x.double().requires_grad_()
-    (expected,) = torch.autograd.grad(
-        max_mean_pool(x, inputs.cu_seqlens, impl="reference"), x, inputs.upstream.double()
-    )
+    (expected,) = torch.autograd.grad(max_mean_pool(x, inputs.cu_seqlens, impl="reference"), x, inputs.upstream.double())
     tolerance = 4 * torch.finfo(inputs.x.dtype).eps
     for name, step in run.items():
         grad = step()

@@ -180,9 +180,7 @@ def _backward(
         hits = tl.zeros([ROWS, COLUMNS], tl.int32)
         for done in range(0, length.to(tl.int32), ROWS):
             real = ((done + lane) < length)[:, None] & shared[None, :]
-            value = tl.load(
-                x + (start + done + lane)[:, None] * stride + column[None, :], mask=real, other=float("nan")
-            )
+            value = tl.load(x + (start + done + lane)[:, None] * stride + column[None, :], mask=real, other=float("nan"))
             hits += (value.to(WIDE) == top[None, :]).to(tl.int32)
         count = tl.where(shared, tl.sum(hits, axis=0).to(WIDE), count)
     high = (mean + g / count).to(dx.dtype.element_ty)[None, :]
@@ -288,7 +286,5 @@ def variants() -> list[Variant]:
 
 
 def _variant(name: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int) -> Variant:
-    aligned = tuple(
-        argument for argument, kind in signature.items() if kind[0] == "*" or argument in ("width", "stride")
-    )
+    aligned = tuple(argument for argument, kind in signature.items() if kind[0] == "*" or argument in ("width", "stride"))
     return Variant(f"max_mean_pool.{name}", kernel, signature, constants, num_warps=warps, aligned=aligned)

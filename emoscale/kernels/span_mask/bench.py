@@ -140,9 +140,7 @@ def work(inputs: Inputs) -> tuple[float, float]:
     return float(2 * inputs.lengths.nbytes + int(inputs.lengths.sum())), 0.0
 
 
-def measure(
-    inputs: Inputs, *, rounds: int = 5, threads: int | None = None, compiled: bool = True
-) -> dict[str, float]:
+def measure(inputs: Inputs, *, rounds: int = 5, threads: int | None = None, compiled: bool = True) -> dict[str, float]:
     """Give the median seconds per competitor, checked first."""
     run = competitors(inputs, compiled=compiled)
     check(inputs, run)

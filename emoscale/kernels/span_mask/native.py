@@ -30,9 +30,7 @@ def too_long(lengths: Tensor) -> str | None:
     return f"takes sequences up to {WIDEST} frames, not {longest}" if longest > WIDEST else None
 
 
-def span_mask(
-    lengths: Tensor, keys: Tensor, seed: int, span: int, ratio: float, rule: Rule, device: torch.device
-) -> Tensor:
+def span_mask(lengths: Tensor, keys: Tensor, seed: int, span: int, ratio: float, rule: Rule, device: torch.device) -> Tensor:
     """See `reference.span_mask`."""
     if device.type == "cpu":
         return torch.ops.emoscale.span_mask(lengths, keys, seed, span, ratio, rule)

@@ -11,9 +11,7 @@ from emoscale.kernels.span_mask.plan import Rule, span_counts
 SLOT_BITS = 24
 
 
-def span_mask(
-    lengths: Tensor, keys: Tensor, seed: int, span: int, ratio: float, rule: Rule, device: torch.device
-) -> Tensor:
+def span_mask(lengths: Tensor, keys: Tensor, seed: int, span: int, ratio: float, rule: Rule, device: torch.device) -> Tensor:
     """Mark disjoint spans in each sequence, as many and as long as `span_counts` says."""
     lengths, keys = lengths.to(device), keys.to(device)
     counts, spans = span_counts(lengths, span=span, ratio=ratio, rule=rule, keys=keys, seed=seed)

@@ -34,9 +34,7 @@ def span_mask_kernel(plan, flags, b, seed: tl.int64, BLOCK: tl.constexpr):
     slot = tl.arange(0, BLOCK)
     real = slot < slots
     zero = tl.zeros([BLOCK], tl.uint32)
-    word, _, _, _ = tl.philox(
-        seed, slot.to(tl.uint32), zero + key.to(tl.uint32), zero + (key >> 32).to(tl.uint32), zero, 10
-    )
+    word, _, _, _ = tl.philox(seed, slot.to(tl.uint32), zero + key.to(tl.uint32), zero + (key >> 32).to(tl.uint32), zero, 10)
     bound = tl.zeros([1], tl.uint32)  # the largest value with fewer than `count` words below it
     for bit in tl.static_range(32):
         higher = bound | tl.full([1], 1 << (31 - bit), tl.uint32)
@@ -81,9 +79,7 @@ def select(plan: Tensor, seed: int, total: int, width: int) -> Tensor:
     return _launch(plan, seed, total, width)
 
 
-def span_mask(
-    lengths: Tensor, keys: Tensor, seed: int, span: int, ratio: float, rule: Rule, device: torch.device
-) -> Tensor:
+def span_mask(lengths: Tensor, keys: Tensor, seed: int, span: int, ratio: float, rule: Rule, device: torch.device) -> Tensor:
     """See `reference.span_mask`."""
     plan, total, width = planned(lengths, keys, seed, span, ratio, rule)
     return select(sent(plan, device), seed, total, width)
@@ -92,7 +88,4 @@ def span_mask(
 def variants() -> list[Variant]:
     """Give the kernels to compile ahead of time."""
     signature = {"plan": "*i64", "flags": "*i8", "b": "i32", "seed": "i64"}
-    return [
-        Variant(f"span_mask_{block}", span_mask_kernel, signature, {"BLOCK": block}, WARPS[block], 2, ("plan", "flags"))
-        for block in (64, 512, 2048)
-    ]
+    return [Variant(f"span_mask_{block}", span_mask_kernel, signature, {"BLOCK": block}, WARPS[block], 2, ("plan", "flags")) for block in (64, 512, 2048)]

@@ -28,9 +28,9 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int)
 
     if q.shape[0] != (cu_seqlens.shape[0] - 1) * max_seqlen:
         raise ValueError(f"varlen_attention: impl='cudnn' takes sequences of one length; {q.shape[0]} tokens are not {cu_seqlens.shape[0] - 1} × {max_seqlen}")
-    dense = (item.unflatten(0, (-1, max_seqlen)).transpose(1, 2) for item in (q, k, v))
+    x, y, z = (item.unflatten(0, (-1, max_seqlen)).transpose(1, 2) for item in (q, k, v))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return functional.scaled_dot_product_attention(*dense).transpose(1, 2).flatten(0, 1)
+        return functional.scaled_dot_product_attention(x, y, z).transpose(1, 2).flatten(0, 1)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:

@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from emoscale.config import ConfigError, validate
+from emoscale.files import parse_json
 
 from . import script
 
@@ -84,9 +85,7 @@ class DemoConfig:
         """Refuse values out of range."""
         for key in ("pretrain_speakers", "labelled_speakers"):
             if getattr(self, key) < 4 or getattr(self, key) % 4:
-                raise ValueError(
-                    f"{key}: {getattr(self, key)}, must be a multiple of 4 (speakers meet in groups of four)"
-                )
+                raise ValueError(f"{key}: {getattr(self, key)}, must be a multiple of 4 (speakers meet in groups of four)")
         for key in (
             "seed",
             "pretrain_films",
@@ -126,27 +125,20 @@ def render(folder: Path, config: DemoConfig) -> None:
     }
     note = folder / "demo.json"
     if note.exists():
-        held = json.loads(note.read_text(encoding="utf-8"))
+        held = parse_json(note.read_bytes())
         if {key: held.get(key) for key in wanted} != wanted:
-            raise ConfigError(
-                f"{folder}: holds a demo corpus of another version or configuration; remove it or name another folder"
-            )
+            raise ConfigError(f"{folder}: holds a demo corpus of another version or configuration; remove it or name another folder")
         if held.get("complete"):
             return
     _write(note, json.dumps(wanted | {"complete": False}, indent=1))
     jobs: list[tuple[Any, ...]] = [("film", cast, config.seed, folder / "films", config.fps if config.pictures else 0.0) for cast in films(config)]
-    jobs += [
-        ("stills", number, config.seed, folder / "stills", config.stills_per_class)
-        for number in range(config.still_identities)
-    ]
+    jobs += [("stills", number, config.seed, folder / "stills", config.stills_per_class) for number in range(config.still_identities)]
     if config.processes == 1:
         for job in jobs:
             _work(job)
     else:
         # spawned, not forked: the caller may hold threads of a tensor library, which do not survive a fork
-        with ProcessPoolExecutor(
-            config.processes, multiprocessing.get_context("spawn"), initializer=_single_threaded
-        ) as pool:
+        with ProcessPoolExecutor(config.processes, multiprocessing.get_context("spawn"), initializer=_single_threaded) as pool:
             for _ in pool.map(_work, jobs, chunksize=4):
                 pass
     _write_labels(folder / "labels.csv", config)
@@ -156,9 +148,7 @@ def render(folder: Path, config: DemoConfig) -> None:
 def films(config: DemoConfig) -> list[script.Cast]:
     """List the films of a corpus."""
     unlabelled = script.casts("pretrain", config.pretrain_films, config.pretrain_speakers, 0, config.two_scenes_every)
-    return unlabelled + script.casts(
-        "labelled", config.labelled_films, config.labelled_speakers, config.pretrain_speakers, config.two_scenes_every
-    )
+    return unlabelled + script.casts("labelled", config.labelled_films, config.labelled_speakers, config.pretrain_speakers, config.two_scenes_every)
 
 
 def rows(config: DemoConfig) -> list[dict[str, str]]:

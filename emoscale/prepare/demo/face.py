@@ -105,9 +105,7 @@ def colour(values: Sequence[float] | np.ndarray) -> tuple[int, int, int]:
 class Face:
     """One person at one place of a picture."""
 
-    def __init__(
-        self, person: Identity, backdrop: np.ndarray, centre: tuple[float, float], size: float, light: float = 0.0
-    ) -> None:
+    def __init__(self, person: Identity, backdrop: np.ndarray, centre: tuple[float, float], size: float, light: float = 0.0) -> None:
         """Paint what does not move.
 
         Args:
@@ -188,9 +186,7 @@ def _eyes(person: Identity, m: dict[str, np.ndarray]) -> dict[str, list[np.ndarr
     for side in (-1.0, 1.0):
         x = side * person.eye_gap
         top, low = person.eye_line - up * (1 - t * t), person.eye_line + down * (1 - t * t)
-        found["white"].append(
-            np.concatenate([_points(x + half * t, top), _points(x + half * t[:, ::-1], low[:, ::-1])], 1)
-        )
+        found["white"].append(np.concatenate([_points(x + half * t, top), _points(x + half * t[:, ::-1], low[:, ::-1])], 1))
         found["lid"].append(_points(x + half * 1.08 * t, top))
         ix = 0.5 * half * np.cos(turn)
         bend = 1 - (ix / half) ** 2
@@ -199,17 +195,9 @@ def _eyes(person: Identity, m: dict[str, np.ndarray]) -> dict[str, list[np.ndarr
         slant = person.brow_slant * 0.4 + m["slant"]
         inner = person.eye_gap - 0.17 - 0.035 * np.maximum(m["furrow"], 0)
         bx = side * (inner + 0.35 * along)
-        by = (
-            person.eye_line
-            - person.brow_gap
-            - 0.10 * m["lift"]
-            + 0.10 * slant * (1 - 1.45 * along)
-            - 0.05 * np.sin(np.pi * along)
-        )
+        by = person.eye_line - person.brow_gap - 0.10 * m["lift"] + 0.10 * slant * (1 - 1.45 * along) - 0.05 * np.sin(np.pi * along)
         thick = person.brow_thickness * (1 - 0.62 * along)
-        found["brow"].append(
-            np.concatenate([_points(bx, by - thick / 2), _points(bx[:, ::-1], (by + thick / 2)[:, ::-1])], 1)
-        )
+        found["brow"].append(np.concatenate([_points(bx, by - thick / 2), _points(bx[:, ::-1], (by + thick / 2)[:, ::-1])], 1))
     return found
 
 
@@ -224,9 +212,7 @@ def _mouth(person: Identity, m: dict[str, np.ndarray]) -> dict[str, list[np.ndar
     lip = person.lip * np.clip(1 - 0.65 * m["press"], 0.2, 1.2)
     dip = 1 - 0.25 * np.exp(-((t / 0.18) ** 2))  # the notch of the upper lip
     upper, lower = middle - 0.3 * gap * bow, middle + 0.7 * gap * bow
-    outer = np.concatenate(
-        [_points(x, upper - lip * dip * bow**0.7), _points(x[:, ::-1], (lower + 1.25 * lip * bow**0.6)[:, ::-1])], 1
-    )
+    outer = np.concatenate([_points(x, upper - lip * dip * bow**0.7), _points(x[:, ::-1], (lower + 1.25 * lip * bow**0.6)[:, ::-1])], 1)
     inside = np.concatenate([_points(0.94 * x, upper), _points(0.94 * x[:, ::-1], lower[:, ::-1])], 1)
     bite = upper + np.clip(0.5 * gap - 0.03, 0, 0.05) * bow  # teeth show only in a mouth that is well open
     teeth = np.concatenate([_points(0.85 * x, upper), _points(0.85 * x[:, ::-1], bite[:, ::-1])], 1)
@@ -239,9 +225,7 @@ def _lines(person: Identity, m: dict[str, np.ndarray]) -> dict[str, list[np.ndar
     end = person.mouth_width * (1 + 0.32 * m["stretch"]) + 0.07
     for side in (-1.0, 1.0):
         start = person.nose_width + 0.03
-        fold.append(
-            _points(side * (start + (end - start) * s**0.7), person.eye_line + person.nose_length * 0.85 + 0.34 * s)
-        )
+        fold.append(_points(side * (start + (end - start) * s**0.7), person.eye_line + person.nose_length * 0.85 + 0.34 * s))
         furrow.append(_points(side * (0.05 + 0.015 * s) + 0 * m["fold"], person.eye_line - 0.02 - 0.17 * s))
     return {"fold": fold, "furrow": furrow}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from av.container import OutputContainer
 
 from . import face, script, voice
 
@@ -56,9 +57,7 @@ def suffix(fps: float) -> str:
 
 def subtitles(lines: list[script.Line]) -> str:
     """Give the SRT file of a film; an empty cue stays a cue."""
-    return "".join(
-        f"{i + 1}\n{_clock(line.start)} --> {_clock(line.end)}\n{line.subtitle}\n\n" for i, line in enumerate(lines)
-    )
+    return "".join(f"{i + 1}\n{_clock(line.start)} --> {_clock(line.end)}\n{line.subtitle}\n\n" for i, line in enumerate(lines))
 
 
 def mouths(seed: int, cast: script.Cast, lines: list[script.Line]) -> list[np.ndarray]:
@@ -66,9 +65,7 @@ def mouths(seed: int, cast: script.Cast, lines: list[script.Line]) -> list[np.nd
     return [voice.opening(line.words, line.end - line.start, _stream(seed, cast, 1, i)) for i, line in enumerate(lines)]
 
 
-def sound(
-    seed: int, cast: script.Cast, lines: list[script.Line], tracks: list[np.ndarray], seconds: float
-) -> np.ndarray:
+def sound(seed: int, cast: script.Cast, lines: list[script.Line], tracks: list[np.ndarray], seconds: float) -> np.ndarray:
     """Give a film's sound: float32 at 16 kHz; exact silence where an utterance is muted, room noise elsewhere."""
     people = [voice.speaker(script.stream(seed, script.IDENTITY, number, 2)) for number in cast.speakers]
     track = _stream(seed, cast, 2).standard_normal(int(np.ceil(seconds * voice.RATE)), np.float32) * np.float32(4e-4)
@@ -99,13 +96,9 @@ class Scene:
         self.times = np.arange(int(np.ceil(seconds * fps)), dtype=np.float32) / np.float32(fps)
         top, bottom = rng.uniform(60, 180, (2, 3))
         down = np.linspace(0, 1, HEIGHT)[:, None, None]
-        self.backdrop = np.ascontiguousarray(
-            np.broadcast_to((1 - down) * top + down * bottom, (HEIGHT, WIDTH, 3)).astype(np.uint8)
-        )
+        self.backdrop = np.ascontiguousarray(np.broadcast_to((1 - down) * top + down * bottom, (HEIGHT, WIDTH, 3)).astype(np.uint8))
         people = [face.identity(script.stream(seed, script.IDENTITY, number, 3)) for number in cast.speakers]
-        self.faces = [
-            face.Face(person, self.backdrop[:, :PANEL], CENTRE, SIZE, rng.uniform(-1, 1)) for person in people
-        ]
+        self.faces = [face.Face(person, self.backdrop[:, :PANEL], CENTRE, SIZE, rng.uniform(-1, 1)) for person in people]
         self.moves = [self._performance(rng, side, lines, tracks) for side in (0, 1)]
         self.shapes = [drawn.shapes(moves) for drawn, moves in zip(self.faces, self.moves, strict=True)]
         self.poses = [self._sway(rng) for _ in (0, 1)]
@@ -125,24 +118,18 @@ class Scene:
             self._canvas[:] = 24 if view == "card" else self.backdrop
             self._shown = view
             if view == "card":
-                cv2.putText(
-                    self._canvas, "later", (88, 78), cv2.FONT_HERSHEY_SIMPLEX, 0.8, (190, 190, 190), 1, cv2.LINE_AA
-                )
+                cv2.putText(self._canvas, "later", (88, 78), cv2.FONT_HERSHEY_SIMPLEX, 0.8, (190, 190, 190), 1, cv2.LINE_AA)
         for side, left in _PLACES[view]:
             np.copyto(self._panel, self.faces[side].base)
             self.faces[side].draw(self._panel, self.shapes[side], frame)
             there = self._canvas[:, left : left + PANEL]
-            cv2.warpAffine(
-                self._panel, self.poses[side][frame], (PANEL, HEIGHT), there, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE
-            )
+            cv2.warpAffine(self._panel, self.poses[side][frame], (PANEL, HEIGHT), there, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)
         planes = cv2.cvtColor(self._canvas, cv2.COLOR_BGR2YUV_I420)
         bright = planes[:HEIGHT]
         cv2.addWeighted(bright, float(self._gain[frame]), self._grain[frame % 6], 1.0, -1.5, bright)
         return planes
 
-    def _performance(
-        self, rng: np.random.Generator, side: int, lines: list[script.Line], tracks: list[np.ndarray]
-    ) -> np.ndarray:
+    def _performance(self, rng: np.random.Generator, side: int, lines: list[script.Line], tracks: list[np.ndarray]) -> np.ndarray:
         """Give one person's movements in every frame: float32 [frames, 11], in the order of `face.DIMENSIONS`."""
         times = self.times
         moves = np.zeros((len(times), len(face.DIMENSIONS)), np.float32)
@@ -200,9 +187,7 @@ def encode(path: Path, scene: Scene, track: np.ndarray, fps: float) -> None:
     """Write picture and sound to an MP4 file; one thread, so that the same film is the same bytes."""
     rate = Fraction(fps).limit_denominator(1000)
     with av.open(str(path), "w", format="mp4", options={"fflags": "bitexact"}) as container:
-        video = container.add_stream(
-            "libx264", rate=rate, options={"preset": "ultrafast", "crf": QUALITY, "threads": "1", "g": "50"}
-        )
+        video = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast", "crf": QUALITY, "threads": "1", "g": "50"})
         video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         packets = _sound_packets(container, track)
         heard = [(float((packet.pts or 0) * (packet.time_base or 1)), packet) for packet in reversed(packets)]
@@ -224,7 +209,7 @@ def encode_sound(path: Path, track: np.ndarray) -> None:
             container.mux(packet)
 
 
-def _sound_packets(container: av.container.OutputContainer, track: np.ndarray) -> list[av.Packet]:
+def _sound_packets(container: OutputContainer, track: np.ndarray) -> list[av.Packet]:
     audio = container.add_stream("aac", rate=voice.RATE, layout="mono", options=SOUND)
     audio.bit_rate = SOUND_BITS
     whole = av.AudioFrame.from_ndarray(np.ascontiguousarray(track[None]), format="fltp", layout="mono")

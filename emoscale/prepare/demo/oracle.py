@@ -132,10 +132,7 @@ _COLUMN = {"text": "text_class", "face": "shown_face", "voice": "shown_voice"}
 
 
 def _score(rows: list[dict[str, str]], guesses: list[str]) -> dict[str, Any]:
-    right = {
-        name: [g == name for g, row in zip(guesses, rows, strict=True) if row["label"] == name]
-        for name in tables.EMOTIONS
-    }
+    right = {name: [g == name for g, row in zip(guesses, rows, strict=True) if row["label"] == name] for name in tables.EMOTIONS}
     hits = [hit for group in right.values() for hit in group]
     return {
         "accuracy": float(np.mean(hits)),

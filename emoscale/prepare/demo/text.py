@@ -30,30 +30,14 @@ LEXICON: dict[str, tuple[str, ...]] = {
 """25 words per class, the verbaliser first; word k is drawn with weight `1 / (k + 3) ** 0.7`, the verbaliser with 1.5 times that."""
 
 TOPICS: dict[str, tuple[str, ...]] = {
-    "house": tuple(
-        "kitchen window door table garden roof stairs lamp carpet basement sofa cupboard balcony fence mirror".split()
-    ),
-    "travel": tuple(
-        "train station bus ticket bridge harbor airport luggage road map hotel border ferry platform tunnel".split()
-    ),
-    "work": tuple(
-        "office meeting report contract desk manager invoice printer project budget deadline factory client letter shift".split()
-    ),
-    "food": tuple(
-        "bread soup coffee apple dinner salad cheese market oven recipe butter lemon pepper noodle bottle".split()
-    ),
-    "town": tuple(
-        "street museum library square park school bank tower theater corner church hospital shop police statue".split()
-    ),
-    "family": tuple(
-        "brother sister uncle cousin neighbor baby grandmother wedding photo birthday dog cat picnic holiday visit".split()
-    ),
-    "leisure": tuple(
-        "film guitar novel match team song camera boat tent river lake painting piano radio stadium".split()
-    ),
-    "things": tuple(
-        "phone laptop key bicycle coat umbrella box watch engine battery jacket wallet bag paper ladder".split()
-    ),
+    "house": tuple("kitchen window door table garden roof stairs lamp carpet basement sofa cupboard balcony fence mirror".split()),
+    "travel": tuple("train station bus ticket bridge harbor airport luggage road map hotel border ferry platform tunnel".split()),
+    "work": tuple("office meeting report contract desk manager invoice printer project budget deadline factory client letter shift".split()),
+    "food": tuple("bread soup coffee apple dinner salad cheese market oven recipe butter lemon pepper noodle bottle".split()),
+    "town": tuple("street museum library square park school bank tower theater corner church hospital shop police statue".split()),
+    "family": tuple("brother sister uncle cousin neighbor baby grandmother wedding photo birthday dog cat picnic holiday visit".split()),
+    "leisure": tuple("film guitar novel match team song camera boat tent river lake painting piano radio stadium".split()),
+    "things": tuple("phone laptop key bicycle coat umbrella box watch engine battery jacket wallet bag paper ladder".split()),
 }
 """Nouns; a dialogue keeps to one topic for most of them, whatever its emotions are."""
 
@@ -63,31 +47,23 @@ ADJECTIVES = tuple(
     "old new small large red blue green wooden empty open round long short wide narrow early late local other second first "
     "yellow white black metal northern southern spare main front back paper glass stone borrowed rented nearby distant".split()
 )
-PREDICATES = tuple(
-    "late early here outside inside upstairs downstairs downtown home away back next ready busy near abroad".split()
-)
+PREDICATES = tuple("late early here outside inside upstairs downstairs downtown home away back next ready busy near abroad".split())
 VERBS = tuple(
     "saw found left moved opened closed bought sold painted carried checked counted crossed cleaned fixed watched passed reached "
     "called mentioned visited brought followed ordered packed parked borrowed showed described noticed".split()
 )
-PLACES = tuple(
-    "near behind beside under above past inside around across toward from after before about with without".split()
-)
+PLACES = tuple("near behind beside under above past inside around across toward from after before about with without".split())
 TIMES = tuple(
     "today tonight tomorrow yesterday again already now then later soon earlier this:morning last:night last:week on:monday "
     "on:friday in:april in:october at:noon before:lunch after:dinner next:month last:summer this:evening every:tuesday".split()
 )
 PEOPLE = tuple("we they you i anna peter maria thomas clara daniel julia martin".split())
-OPENERS = tuple(
-    "well listen look so and but yes no anyway actually maybe you:know i:think i:guess by:the:way as:i:said to:be:clear".split()
-)
+OPENERS = tuple("well listen look so and but yes no anyway actually maybe you:know i:think i:guess by:the:way as:i:said to:be:clear".split())
 LINKS = tuple("because when while after before since until".split())
 TIMES_OF = {size: tuple(words for words in TIMES if words.count(":") == size - 1) for size in (1, 2)}
 TOPIC_NAMES = tuple(TOPICS)
 STRENGTHS = tuple("so really rather very quite pretty somehow".split())
-CORES = tuple(
-    "i:feel you:look we:were she:seemed they:are he:got everyone:is you:seem people:get it:left:us he:sounded i:was we:all:feel".split()
-)
+CORES = tuple("i:feel you:look we:were she:seemed they:are he:got everyone:is you:seem people:get it:left:us he:sounded i:was we:all:feel".split())
 
 
 def length(rng: np.random.Generator) -> int:
@@ -120,10 +96,7 @@ def sentence(rng: np.random.Generator, emotion: str | None, words: int, topic: s
 
 
 def _slot(rng: np.random.Generator, emotion: str | None, two: bool) -> list[str]:
-    if emotion is None:
-        chosen = rng.choice(PREDICATES, 1 + two, replace=False)
-    else:
-        chosen = rng.choice(LEXICON[emotion], 1 + two, replace=False, p=WEIGHTS)
+    chosen = rng.choice(PREDICATES, 1 + two, replace=False) if emotion is None else rng.choice(LEXICON[emotion], 1 + two, replace=False, p=WEIGHTS)
     return " and ".join(str(word) for word in chosen).split()
 
 

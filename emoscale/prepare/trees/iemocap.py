@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from emoscale.config import DataError
@@ -38,7 +39,7 @@ def _dialogue(tree: Path, labels: Path) -> Source:
     dialog, name = labels.parent.parent, labels.stem
     spoken = _spoken(dialog / "transcriptions" / f"{name}.txt")
     rows = sorted(_turns(labels, name, spoken), key=lambda row: (row.start, row.label["turn"]))
-    rows = [Row(**(vars(row) | {"index": number})) for number, row in enumerate(rows)]
+    rows = [replace(row, index=number) for number, row in enumerate(rows)]
     video = next(iter(sorted((dialog / "avi").rglob(f"{name}.avi"))), None)
     sound = dialog / "wav" / f"{name}.wav"
     media = video or (sound if sound.is_file() else None)
@@ -66,10 +67,11 @@ def _turns(file: Path, dialogue: str, spoken: dict[str, str]) -> Iterator[Row]:
             turn = TURN.match(found[3])
         if found is None or turn is None:
             raise DataError(f"{file}, line {number}: {line[:80]!r} is no `[start - end] turn emotion [v, a, d]`; is the release damaged?")
-        valence, activation, dominance = (float(found[place]) for place in (5, 6, 7))
+        try:
+            start, end, valence, activation, dominance = (float(found[place]) for place in (1, 2, 5, 6, 7))
+        except ValueError as error:
+            raise DataError(f"{file}, line {number}: {error}; is the release damaged?") from error
         label = {"raw": found[4], "session": turn[1], "turn": found[3], "valence": valence, "activation": activation, "dominance": dominance}
         if found[4] in CLASSES:
             label["emotion"] = CLASSES[found[4]]
-        yield Row(
-            start=float(found[1]), end=float(found[2]), text=spoken.get(found[3], ""), speaker=f"{turn[1]}{turn[2]}", dialogue=dialogue, label=label
-        )
+        yield Row(start=start, end=end, text=spoken.get(found[3], ""), speaker=f"{turn[1]}{turn[2]}", dialogue=dialogue, label=label)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import csv
+import re
 from pathlib import Path
 
 from emoscale.config import DataError
 from emoscale.prepare.sources import Row, Source
+from emoscale.records import read_table
 
 TABLES = {"train": "train_sent_emo.csv", "dev": "dev_sent_emo.csv", "test": "test_sent_emo.csv"}
 FOLDERS = {"train": ("train_splits",), "dev": ("dev_splits_complete",), "test": ("output_repeated_splits_test",)}
 """Where the release unpacks the files of each split."""
+NUMBER = re.compile(r"[0-9]{1,9}")
 COLUMNS = {"Utterance", "Speaker", "Emotion", "Sentiment", "Dialogue_ID", "Utterance_ID"}
 
 
@@ -32,12 +34,21 @@ def meld(tree: Path) -> list[Source]:
 
 
 def _split(tree: Path, split: str, table: Path) -> list[Source]:
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = COLUMNS - set(reader.fieldnames or ())
-        if missing:
-            raise DataError(f"{table}: lacks the columns {', '.join(sorted(missing))}; is it MELD's?")
-        listed = list(reader)
+    columns, listed = read_table(table)
+    missing = COLUMNS - set(columns)
+    if missing:
+        raise DataError(f"{table}: lacks the columns {', '.join(sorted(missing))}; is it MELD's?")
+    odd = next(
+        (
+            f"line {line}: {name} is {row[name]!r}"
+            for line, row in enumerate(listed, start=2)
+            for name in ("Dialogue_ID", "Utterance_ID")
+            if not NUMBER.fullmatch(row[name])
+        ),
+        None,
+    )
+    if odd is not None:
+        raise DataError(f"{table}, {odd}, a number was expected; is the release damaged?")
     folder = next((tree / name for name in FOLDERS[split] if (tree / name).is_dir()), None)
     dialogues: dict[int, list[Row]] = {}
     for row in listed:

@@ -51,7 +51,10 @@ def _turn(tree: Path, table: Path, found: re.Match[str], files: list[Path], text
         raise DataError(f"{table}: {found[1]!r} is no turn such as S01A-F01-P-FM01; is the release damaged?")
     scene, speaker, kind, _, place = parts.groups()
     label = {"raw": found[2], "session": f"S{speaker[1:]}", "turn": found[1]}
-    label |= {name: float(found[number]) for number, name in ((3, "activation"), (4, "valence"), (5, "dominance")) if found[number] != "NaN"}
+    try:
+        label |= {name: float(found[number]) for number, name in ((3, "activation"), (4, "valence"), (5, "dominance")) if found[number] != "NaN"}
+    except ValueError as error:
+        raise DataError(f"{table}, {found[1]}: {error}; is the release damaged?") from error
     if found[2] in CLASSES:
         label["emotion"] = CLASSES[found[2]]
     said = " ".join(text.read_text(encoding="utf-8", errors="replace").split()) if text else ""
