@@ -14,6 +14,9 @@
 # make native       build csrc/ with the torch of .venv
 # make clean        remove what the other targets made
 
+# Images set this, and then every process compiles PyTorch's modules anew, which takes twice as long as importing them.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)

@@ -133,7 +133,9 @@ def test_a_bad_shard_is_an_error_with_its_name(damage: str, workers: int, copied
         bad.write_bytes(bytes(content))
     read = RemoteCorpus(f"file://{copied}", tmp_path / "cache", PLENTY)
     loader = DataLoader(read, batch_size=None, sampler=range(COUNT), num_workers=workers)  # type: ignore[arg-type]  # map-style
-    with pytest.raises(DataError, match=rf"{bad.name}: shard cannot be had \(4 fetches; .*upload the corpus again"):
+    # PyTorch's loader puts a worker's traceback before its error, and the whole is cut to a length; emoscale's hands over the error itself.
+    remedy = "" if workers else ".*upload the corpus again"
+    with pytest.raises(DataError, match=rf"{bad.name}: shard cannot be had \(4 fetches; {remedy}"):
         list(loader)
     assert not (read.folder / bad.name).exists()
     if workers == 0:  # a worker that is ended amid a download leaves its unfinished file, which the next download writes over

@@ -20,8 +20,8 @@ from tests.training.runs import RECIPE, STEPS, Runs, assert_same_run, ended, row
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST = f"step_{STEPS:08d}"
-FIRST_STEP_S = 15.0
-"""From a command to its first optimizer step, on a warm cache."""
+FIRST_STEP = 2.0
+"""Processor time from a command to its first optimizer step, of that of importing PyTorch and Transformers alone."""
 
 
 @pytest.mark.slow
@@ -262,5 +262,8 @@ finally:
     done = subprocess.run([sys.executable, "-c", code, "pretrain", *words], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "LOADED []" in done.stdout
-    # Of this process alone, so that what else runs on the machine changes it little; 7.5 s where it was measured.
-    assert json.loads((tmp_path / "run" / "startup.json").read_text())["cpu_s"] < FIRST_STEP_S
+    # Processor time beside that of the imports nobody can leave out, so that neither a slow machine nor a busy one fails it; 1.0 where it was measured.
+    bare = "import time, torch, transformers; transformers.BertModel; print(time.process_time())"
+    least = float(subprocess.run([sys.executable, "-c", bare], capture_output=True, text=True, check=True).stdout)
+    spent = json.loads((tmp_path / "run" / "startup.json").read_text())["cpu_s"]
+    assert spent < FIRST_STEP * least
