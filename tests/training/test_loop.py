@@ -74,3 +74,11 @@ def test_data_wait_is_the_time_spent_in_the_loader(workers: int, read_s: float, 
         assert sum(seen["said"]) >= 0.4 * (len(seen["said"]) / workers - 1) * reading, "two workers are no more than twice as fast, and a step is short"
     else:
         assert sorted(seen["said"])[len(seen["said"]) // 2] < save_s / 3, "while a checkpoint is written, workers read ahead"
+
+
+def test_a_run_that_its_deadline_ends_says_so_after_the_save(forks: Forks, tmp_path: Path):
+    """The launcher asks for the job again where the reason begins with "deadline"; a save takes time off what the deadline knows."""
+    forks.start("tests.training.waits:hurried", str(tmp_path / "result.json")).succeed()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["step"], result["finished"]) == (4, False)
+    assert result["reason"].startswith("deadline: ")
