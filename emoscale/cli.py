@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -325,23 +324,15 @@ def main() -> None:
     try:
         app(prog_name="emoscale")
     except Exception as error:
-        status = _status(error)
-        if debug or status is None:
-            sys.excepthook = _told  # not before: typer sets its own
-            raise
+        import traceback
+
         from emoscale.redaction import redact
 
-        print(f"emoscale: {redact(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(status)
-
-
-def _told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a traceback without credentials: those of other libraries show what they were given."""
-    import traceback
-
-    from emoscale.redaction import redact
-
-    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+        status = _status(error)
+        whole = debug or status is None  # errors of other libraries show what they were given, so that too is shown without credentials
+        told = "".join(traceback.format_exception(error)) if whole else f"emoscale: {' '.join(str(error).split())}\n"
+        print(redact(told), end="", file=sys.stderr)
+        sys.exit(1 if status is None else status)
 
 
 def _status(error: Exception) -> int | None:

@@ -97,10 +97,10 @@ def _run_findings(folder: Path) -> list[Finding]:
             continue
         taken = taken or path.name
         findings.append(Finding(path.name, True, "whole: every file matches its hash", needed=True))
+    lost, remedy = bool(findings) and not taken, "start anew in another run.output, or repair one"
     findings += [
         Finding(path.name, True, "a write that never ended: no harm, the next save clears it") for path in sorted(folder.glob(f".{checkpoint.PREFIX}*"))
     ]
-    lost, remedy = bool(findings) and not taken, "start anew in another run.output, or repair one"
     detail = "none is whole" if lost else f"goes on from {taken}" if taken else "no checkpoint yet: begins anew"
     return [*findings, Finding("resume", not lost, detail, remedy, needed=True)]
 

@@ -165,6 +165,25 @@ class Making(TypedDict):
     visual_emotion: Expressions | None
 
 
+class Counted(TypedDict):
+    """What an assembly has counted and summed, for the next one to go on."""
+
+    counts: dict[str, Count]
+    frames: dict[str, Count]
+    sums: dict[str, tuple[list[float], list[float]]]
+    dialogues: list[str]
+    speakers: list[str]
+
+
+class Assembled(TypedDict):
+    """What a corpus was assembled of."""
+
+    settings: str
+    keys: dict[str, str]
+    widths: dict[str, int]
+    statistics: Counted
+
+
 class Row(TypedDict):
     """A line of `ledger.jsonl`."""
 

@@ -24,6 +24,8 @@ from emoscale.files import parse_json
 T = TypeVar("T")
 DEFLATE = 1100
 """Times that a compressed array can be larger than its bytes: deflate reaches 1,032."""
+ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+"""Keys of a model's configuration that choose its attention."""
 SHOWN = 120
 """Letters of a foreign value that an error shows."""
 
@@ -115,9 +117,11 @@ def _text(path: Path) -> str:
 
 def refuse_kernels(config: Mapping[str, Any], where: str | Path) -> None:
     """Raise DataError where the configuration of a model would have `transformers` fetch and run code for its attention (`owner/repository`)."""
-    for name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
-        if "/" in str(config.get(name) or ""):
-            raise DataError(f"{where}: {name} is {config[name]!r}, code that would be fetched and run; remove this key")
+    for name, value in config.items():
+        if isinstance(value, Mapping):  # a model of a model
+            refuse_kernels(value, where)
+        elif name in ATTENTION and "/" in str(value or ""):
+            raise DataError(f"{where}: {name} is {value!r}, code that would be fetched and run; remove this key")
 
 
 def read_arrays(path: str | Path, names: Collection[str] = ()) -> np.ndarray | dict[str, np.ndarray]:

@@ -4,9 +4,13 @@
 set -uo pipefail
 cd "$SLURM_SUBMIT_DIR" || exit 1
 
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+records=${EMOSCALE_RECORDS:-slurm/records}/$job
+mkdir -p "$records"
+
 if [ -n "${EMOSCALE_CONTAINER:-}" ]; then
     runner=$(command -v apptainer || command -v singularity) || { echo "emoscale: EMOSCALE_CONTAINER is set, and there is no apptainer on this node" >&2; exit 2; }
-    emoscale=("$runner" exec --bind "$PWD${EMOSCALE_BIND:+,$EMOSCALE_BIND}" --pwd "$PWD")
+    emoscale=("$runner" exec --bind "$PWD,$(realpath "$records")${EMOSCALE_BIND:+,$EMOSCALE_BIND}" --pwd "$PWD")
     [ -z "${SLURM_JOB_GPUS:-${CUDA_VISIBLE_DEVICES:-}}" ] || emoscale+=(--nv)
     emoscale+=("$EMOSCALE_CONTAINER" python3 -m emoscale)
 else
@@ -14,9 +18,6 @@ else
     [ -x "$python" ] || { echo "emoscale: $python is not there; make quickstart builds it, or set EMOSCALE_PYTHON" >&2; exit 2; }
     emoscale=("$python" -m emoscale)
 fi
-job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
-records=${EMOSCALE_RECORDS:-slurm/records}/$job
-mkdir -p "$records"
 
 # The ranks meet at the first node. Its address stands in SLURM's own tables; its name need not resolve everywhere.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -27,7 +28,7 @@ EMOSCALE_OUTCOME=$PWD/$records/outcome.json
 [[ $records = /* ]] && EMOSCALE_OUTCOME=$records/outcome.json
 # When the job will be ended, so that a run leaves in time though no signal comes. Older SLURMs do not say it by themselves.
 ends=$(scontrol show job "$SLURM_JOB_ID" | grep -o ' EndTime=[^ ]*' | cut -d= -f2)
-SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date -d "$ends" +%s 2>/dev/null)}
+SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-${ends:+$(date -d "$ends" +%s 2>/dev/null)}}
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS EMOSCALE_OUTCOME SLURM_JOB_END_TIME
 
 asked=""

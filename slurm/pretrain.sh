@@ -53,8 +53,8 @@ requeue() {  # WHAT [NODES]: start this job again, without these nodes, unless t
 }
 
 saved() {  # the step of the newest checkpoint
-    local run
-    run=$(field output | tr -d '"')
+    local run  # a name may hold commas and braces
+    run=$(sed -n 's/.*"output": "\([^"]*\)".*/\1/p' "$EMOSCALE_OUTCOME" 2>/dev/null)
     grep -o '[1-9][0-9]*$' "$run/checkpoints/latest" 2>/dev/null || echo -1
 }
 

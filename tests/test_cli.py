@@ -205,6 +205,8 @@ def test_failure_is_one_line_and_exit_1_with_the_traceback_on_request(tmp_path: 
     assert plain.stderr == f"emoscale: {tmp_path}: no manifest.json; name a run folder, a checkpoint (step_*/) or a corpus folder\n"
     assert "Traceback" in debugged.stderr
     assert "DataError" in debugged.stderr
+    debugged = run("config", "--debug", "pretrain", "nothing.at.all")
+    assert (debugged.returncode, "Traceback" in debugged.stderr) == (2, True), "a launcher goes by the code"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from emoscale import cli
@@ -29,10 +30,13 @@ from emoscale.data.tokens import load_tokenizer
 from emoscale.models.bert import read_bert
 from emoscale.models.pretrained import read_config
 from emoscale.prepare import pipeline, sources
+from emoscale.prepare.features import _from_hub
 from emoscale.prepare.matching import MatchConfig, match
+from emoscale.serving.auto import EmoscaleConfig
 from emoscale.storage import StorageError, open_storage
 from emoscale.training import checkpoint
 from emoscale.training.corpora import DataConfig
+from emoscale.training.encoders import TowerConfig, tower_config
 from emoscale.training.environment import open_log
 from emoscale.training.finetune_outcomes import folder_name
 from tests.corpora import write_corpus, write_tokenizer
@@ -182,8 +186,27 @@ def test_a_tokenizer_with_code_of_its_own_runs_none(tmp_path: Path, monkeypatch:
 
 
 def test_a_checkpoint_cannot_choose_code_for_attention() -> None:
+    """The code would be fetched at the moment the model is made; a made configuration no longer tells."""
+    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        for config in ({key: "somebody/kernels"}, {"vision_config": {key: "somebody/kernels"}}):
+            with pytest.raises(DataError, match="code that would be fetched and run"):
+                read_config({"model_type": "clip"} | config)
+            if config.keys() == {"attn_implementation"}:  # transformers takes this one from its caller alone
+                assert EmoscaleConfig.from_dict({"shape": {}} | config)._attn_implementation is None
+                continue
+            with pytest.raises(DataError, match="code that would be fetched and run"):
+                EmoscaleConfig.from_dict({"shape": {}} | config)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_published_encoder_cannot_choose_code_for_attention(key: str, tmp_path: Path) -> None:
+    transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16).save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(told | {key: "somebody/kernels"}))
     with pytest.raises(DataError, match="code that would be fetched and run"):
-        read_config({"model_type": "bert", "attn_implementation": "somebody/kernels"})
+        _from_hub(str(tmp_path), "", "BertModel", "BertTokenizer")
+    with pytest.raises(DataError, match="code that would be fetched and run"):
+        tower_config(TowerConfig(source=str(tmp_path)), "model.encoders.text")
 
 
 def test_a_configuration_does_not_read_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,15 +350,11 @@ def test_an_utterance_s_id_is_never_a_path(tmp_path: Path) -> None:
 def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     """Run the command line in this process; give its exit code and all that it printed."""
     monkeypatch.setattr(sys, "argv", ["emoscale", *words])
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     code: Any = 0
     try:
         cli.main()
     except SystemExit as left:
         code = left.code or 0
-    except Exception:
-        sys.excepthook(*sys.exc_info())  # as the interpreter would
-        code = 1
     return code, "".join(capsys.readouterr())
 
 

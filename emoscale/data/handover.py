@@ -51,22 +51,22 @@ class Slots:
             return None
 
     def hand_over(self, make: Callable[[], Any]) -> Any:
-        """Give what `make` gives, in a worker as `Lent`; a pure function, for it is called again where it did not fit."""
+        """Give what `make` gives, in a worker as `Lent` where it fits."""
         info = get_worker_info()
         mine = range(info.id * SLOTS, (info.id + 1) * SLOTS) if info is not None else range(0)
         slot = next((slot for slot in mine if not self._taken[slot]), None)
         if slot is None:
             return make()
         self._taken[slot] = 1
-        lent = None
+        given = None
         try:
-            lent = self._lent(slot, make)
+            given = self._filled(slot, make)
         finally:
-            if lent is None:
+            if not isinstance(given, Lent):
                 self._taken[slot] = 0
-        return make() if lent is None else lent
+        return given
 
-    def _lent(self, slot: int, make: Callable[[], Any]) -> Lent | None:
+    def _filled(self, slot: int, make: Callable[[], Any]) -> Any:
         arena = _Arena(self._memory[slot])
         _Arena.current = arena
         try:
@@ -76,7 +76,7 @@ class Slots:
         try:
             step = _changed(made, Tensor, arena.place)
         except _FullError:
-            return None
+            return _changed(made, Tensor, lambda tensor: tensor.clone() if arena.holds(tensor) else tensor)
         return Lent(self.number, slot, arena.tensors, step)
 
     def open(self, lent: Lent) -> Any:
@@ -145,13 +145,17 @@ class _Arena:
         self._used = -(-end // ALIGNED) * ALIGNED
         return self.bytes[first:end]
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor's values lie here."""
+        return bool(tensor.numel()) and 0 <= tensor.data_ptr() - self._first < len(self.bytes)
+
     def place(self, tensor: Tensor) -> Tensor | _Place:
         """Give where in the slot a tensor lies, copied there if it does not; bfloat16, which numpy does not know, is handed over by itself."""
         if tensor.dtype is torch.bfloat16:
             return tensor
         self.tensors += 1
         offset = tensor.data_ptr() - self._first
-        if not (tensor.numel() and 0 <= offset < len(self.bytes) and tensor.is_contiguous()):
+        if not (self.holds(tensor) and tensor.is_contiguous()):
             array = tensor.contiguous().numpy()
             room = self.take(array.nbytes)
             if room is None:

@@ -95,8 +95,8 @@ class RemoteCorpus(Corpus):
             self._ahead.start()
 
     def _fetch_ahead(self) -> None:
-        while self._soon:
-            shard = self._soon.pop(0)
+        while soon := self._soon:  # another list from one turn to the next, where the reading goes on
+            shard = soon.pop(0)
             entry = self._shards[shard]["raw_data"]
             try:
                 if not self._path(shard).is_file():
@@ -119,7 +119,7 @@ class RemoteCorpus(Corpus):
         return whole * min(count, len(self)) // max(1, len(self))
 
     def _bytes(self, shard: int) -> int:
-        return self._shards[shard]["raw_data"].get("bytes", 1 << 26)  # no writer leaves it out
+        return self._shards[shard]["raw_data"]["bytes"]
 
     def _lock(self, name: str) -> FileLock:
         """Give the lock of a shard, the same object each time: it may be taken again by who holds it."""

@@ -68,12 +68,9 @@ class Corpus:
         self.manifest = read_manifest(self.folder)
         index: Any = read_json(self.folder / "index.json", Index, PREPARED)
         self._readers: dict[int, ShardReader] = {}
-        try:
-            self._shards: list[dict[str, Any]] = index["shards"]
-            self._firsts: list[int] = np.cumsum([0, *(shard["samples"] for shard in self._shards)]).tolist()
-            known = self.manifest["counts"]["utterances"]
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{self.folder}: index.json and manifest.json are not those of a corpus ({error!r}); prepare the corpus again") from error
+        self._shards: list[dict[str, Any]] = index["shards"]
+        self._firsts: list[int] = np.cumsum([0, *(shard["samples"] for shard in self._shards)]).tolist()
+        known = self.manifest.get("counts", {}).get("utterances")
         if known != len(self):
             raise DataError(f"{self.folder}: index.json counts {len(self)} utterances, manifest.json {known}; run `emoscale prepare` again")
         self._verified: mmap | bytearray = mmap(-1, len(self._shards) + 1)
@@ -129,7 +126,7 @@ class Corpus:
         names, kinds = entry.get("column_names", []), entry.get("column_encodings", [])
         encodings = dict(zip(names, kinds, strict=False))
         # Any other encoding is refused too: pickle would run what it reads, another width would be read as noise.
-        if encodings not in LAYOUTS or not len(names) == len(kinds) == len(encodings) or "raw_data" not in entry:
+        if encodings not in LAYOUTS or not len(names) == len(kinds) == len(encodings):
             raise DataError(f"{self.folder}: shard columns {encodings} are not an utterance's; prepare the corpus again")
         if not self._verified[shard]:
             self._verify(entry["raw_data"])

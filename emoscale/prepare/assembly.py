@@ -16,7 +16,7 @@ from typing import Any
 
 from emoscale.batch import RAW, Utterance
 from emoscale.config import DataError, to_dict
-from emoscale.forms import Row
+from emoscale.forms import Assembled, Row
 from emoscale.prepare import vocabulary
 from emoscale.prepare.extract import MAX_TEXT_FEATURES, PRECOMPUTED, Extractor, PreprocessConfig
 from emoscale.prepare.parts import ARRAYS, PARTS, Head, PartStore
@@ -104,7 +104,7 @@ def assemble(
         shutil.rmtree(fresh, ignore_errors=True)
         raise DataError(f"{store.folder}: no utterance is left of {len(sources)} inputs; {store.folder / LEDGER} says why")
     statistics.counts["files"] = len(done)
-    generation = 1 if before is None else before["generation"] + 1
+    generation = 1 if before is None else before.get("generation", 0) + 1
     if earlier is None or before is None:
         manifest = _manifest(frame, statistics, shards, preprocess)
         manifest["tokenizer"] = _tokenizer(text, before, store, done, fresh)
@@ -113,7 +113,7 @@ def assemble(
         # Normalisation constants and tokenizer stay: models that learn from this corpus know them.
         more = listed(number_behind(fresh, store.folder, len(before["shards"])))
         manifest = before | {"counts": statistics.counts, "shards": [*before["shards"], *more]}
-        generations = before["generations"]
+        generations = before.get("generations", [])
     generations = [*generations, {"generation": generation, "utterances": statistics.counts["utterances"], "shards": len(manifest["shards"])}]
     manifest |= {"generation": generation, "generations": generations, "inputs_sha256": inputs}
     write_json(store.folder / PARTS / DROPPED, dropped)
@@ -132,12 +132,12 @@ def _stands(store: PartStore, before: dict[str, Any], settings: str, keys: dict[
 
     That needs every input it was made of, unchanged, the same settings and encoders, and its files.
     """
-    path = _record(store, before["generation"])
-    if not path.is_file() or not (store.folder / MANIFEST).is_file() or not (store.folder / INDEX).is_file():
+    path = _record(store, before.get("generation", 0))
+    if not path.is_file() or not before.get("shards") or not (store.folder / MANIFEST).is_file() or not (store.folder / INDEX).is_file():
         return None
-    earlier: Any = read_json(path, dict[str, Any], ANEW)
+    earlier: Any = read_json(path, Assembled, ANEW)
     alike = all(frame.get(name, {}).items() <= before.get(name, {}).items() for name in ("acoustic", "visual", "text_features"))
-    same = earlier["settings"] == settings and earlier["widths"] == frame["widths"] and before["visual_emotion"] == frame["visual_emotion"]
+    same = earlier["settings"] == settings and earlier["widths"] == frame["widths"] and before.get("visual_emotion") == frame["visual_emotion"]
     kept = earlier["keys"].items() <= keys.items()
     present = all((store.folder / shard["file"]).is_file() for shard in before["shards"])
     return earlier if alike and same and kept and present else None

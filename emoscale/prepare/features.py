@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from emoscale.codecs import RATE
 from emoscale.config import ConfigError, EmoscaleError
 from emoscale.prepare.recorded import CROPS, WAVEFORM, Photographed, Recorded
 from emoscale.prepare.teacher import Teacher, load_teacher, probabilities, teacher_sha256
@@ -22,7 +23,6 @@ from emoscale.records import refuse_kernels
 if TYPE_CHECKING:
     from torch import Tensor
 
-RATE = 16_000
 HOP, WINDOW, FFT = 160, 640, 1024
 LAGS = (40, 214)
 """Lags of 400 Hz and 75 Hz."""
@@ -363,7 +363,7 @@ def _from_hub(source: str, revision: str, model: str, processor: str) -> tuple[A
         raise EmoscaleError("Hugging Face encoders need transformers: pip install 'emoscale[prepare]'") from error
     pinned = {"revision": revision} if revision else {}
     try:
-        refuse_kernels(transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **pinned).to_dict(), source)
+        refuse_kernels(transformers.PretrainedConfig.get_config_dict(source, **pinned)[0], source)
         network = getattr(transformers, model).from_pretrained(source, trust_remote_code=False, weights_only=True, **pinned)
         prepare = getattr(transformers, processor).from_pretrained(source, trust_remote_code=False, **pinned)
     except (OSError, ValueError) as error:

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from emoscale.clock import stage
+from emoscale.codecs import RATE
 from emoscale.config import DataError
 from emoscale.prepare.container import FFmpegError, Media, Stream, av, reason
 
-RATE = 16_000
-"""Samples per second of all sound."""
 JOINED_S = 0.5
 """Sound is resampled in pieces of about this length: one call per frame of the codec would cost more than the resampling."""
 JOINABLE = {f"{kind}{planar}" for kind in ("u8", "s16", "s32", "flt", "dbl") for planar in ("", "p")}

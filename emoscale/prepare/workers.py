@@ -60,15 +60,16 @@ def run(jobs: list[Job], processes: int) -> Iterator[Done]:
             yield from (_work(job, ready) for job in jobs)
         return
     left = {job.source.name: job for job in jobs}
-    yield from _pooled(jobs, processes, left)
     while left:
-        job = left[next(iter(left))]
-        yield from _pooled([job], 1, left)
-        if job.source.name in left:
-            del left[job.source.name]
-            row = _skipped(job.source, "its decoding kills the process; convert the file anew")
-            PartStore(job.output).write(job.source.name, Part(job.key, row))
-            yield Done(row, {}, time.monotonic())
+        yield from _pooled([*left.values()], processes, left)
+        # Where a process died, one of those that were begun is to blame: as many as there are processes, and what the pool holds ready.
+        for job in [*left.values()][: 2 * processes + 1]:
+            yield from _pooled([job], 1, left)
+            if job.source.name in left:
+                del left[job.source.name]
+                row = _skipped(job.source, "its decoding kills the process; convert the file anew")
+                PartStore(job.output).write(job.source.name, Part(job.key, row))
+                yield Done(row, {}, time.monotonic())
 
 
 def _size(job: Job) -> int:
@@ -98,7 +99,8 @@ _ready = 0.0
 
 def _start(job: Job) -> None:
     global _ready
-    _pin_threads(1, 1)
+    with suppress(ImportError):  # what cannot be imported fails again in the job, where it reaches the user
+        _pin_threads(1, 1)
     _ready = _load(job)
 
 

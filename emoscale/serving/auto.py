@@ -19,6 +19,7 @@ from emoscale.models.dialogue import DialogueEncoder, DialogueModel
 from emoscale.models.pictures import PictureTower
 from emoscale.models.task import Sizes, encode, in_context
 from emoscale.models.unified import initialise
+from emoscale.records import refuse_kernels
 from emoscale.training.encoders import utterance_encoder
 from emoscale.training.export import MODEL_TYPE, utterance_shape
 
@@ -39,6 +40,7 @@ class EmoscaleConfig(PretrainedConfig):
         max_text: int = 120,
         **rest: Any,
     ) -> None:
+        refuse_kernels(rest, "config.json")
         self.shape, self.head, self.classes, self.words = shape or {}, head or {}, classes or [], words or []
         self.template, self.modalities, self.max_text = template, modalities or [], max_text
         super().__init__(**rest)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from emoscale.batch import Utterance
 from emoscale.codecs import encode_faces
@@ -145,11 +146,11 @@ def answers(model: str, files: Sequence[Path], decoding: Sequence[str] = ()) -> 
     responder = load_model(model)
     if not isinstance(responder, Responder):
         raise ConfigError(f"{model}: tells emotions, and responds to nothing; export a run of system response")
-    options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(decoding)))
     found = [item for path in files for item in responder.dialogues(path).items()]
     try:
+        options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(decoding)))
         said = responder.respond([turns for _, turns in found], **options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, YAMLError) as error:
         raise ConfigError(f"decoding: {' '.join(str(error).split())}") from error
     return [{"dialogue": name, "response": text} for (name, _), text in zip(found, said, strict=True)]
 

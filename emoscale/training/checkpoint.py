@@ -63,7 +63,7 @@ def write(folder: Path, state: State, assets: Path) -> Path:
         DataError: what was written does not read back as it should.
         OSError: the disk is full or gone (safetensors has an error of its own for it); nothing half written stays.
     """
-    final = folder / f"{PREFIX}{state.step:08d}"
+    final = place(folder, state.step)
     aside, replaced = folder / f".{final.name}.writing", folder / f".{final.name}.replaced.writing"
     for unfinished in folder.glob(f".{PREFIX}*.writing"):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -115,6 +115,11 @@ def retire(folder: Path, newest: Path, *, keep: int, keep_every: int = 0, spare:
     for name in superseded(names, keep, keep_every):
         if name not in spare:
             shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def place(folder: Path, step: int) -> Path:
+    """Give where the checkpoint of a step lies."""
+    return folder / f"{PREFIX}{step:08d}"
 
 
 def list_steps(folder: Path) -> list[Path]:
@@ -193,9 +198,15 @@ def find_latest(folder: Path) -> Path | None:
     return None
 
 
-def load(folder: Path) -> State:
-    """Read a verified checkpoint; only safetensors and JSON, nothing is unpickled."""
-    verify(folder)
+def load(folder: Path, *, verified: bool = False) -> State:
+    """Read a checkpoint whose files have the hashes they should have; only safetensors and JSON, nothing is unpickled.
+
+    Args:
+        folder: the checkpoint.
+        verified: that it has just come from `find_latest`, so that not every rank hashes all of it twice.
+    """
+    if not verified:
+        verify(folder)
     meta: Any = read_json(folder / "state.json", Progress, OLDER)
     weights, moments = (read_tensors(folder / f"{name}.safetensors") for name in ("weights", "moments"))
     return State(meta["step"], weights, moments, meta["optimizer_steps"], meta)

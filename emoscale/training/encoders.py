@@ -110,9 +110,11 @@ def tower_config(tower: TowerConfig, key: str) -> Any:
     Raises:
         ConfigError: there is none by that name, or an option is not one of its kind.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     try:
+        if tower.source:  # what a configuration says of its attention, it no longer says once it is made
+            refuse_kernels(PretrainedConfig.get_config_dict(tower.source)[0], key)
         config = AutoConfig.from_pretrained(tower.source, trust_remote_code=False) if tower.source else AutoConfig.for_model(tower.type)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {tower.source or tower.type}: no configuration of transformers ({str(error).strip().splitlines()[0]})") from error
@@ -124,7 +126,7 @@ def tower_config(tower: TowerConfig, key: str) -> Any:
     else:
         # What a kind derives from its options, such as the names of its stages, it derives when it is made.
         config = AutoConfig.for_model(tower.type, **tower.options)
-    refuse_kernels(config.to_dict() | tower.options, key)
+    refuse_kernels(tower.options, key)
     return config
 
 

@@ -159,10 +159,6 @@ class Engine:
         """Give one parameter's fp32 master weight, whole, on the host (collective: every rank must call)."""
         return _on_host(self._gathered(value))
 
-    def full_moment(self, value: nn.Parameter, key: str) -> Tensor:
-        """Give one optimizer moment of a parameter, whole, on the host (collective)."""
-        return _on_host(self._gathered(value, key))
-
     def state(self, *, keep: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
         """Give (weights, moments, optimizer step) by parameter name, whole: they depend on neither world nor ZeRO stage (collective).
 

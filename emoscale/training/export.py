@@ -113,10 +113,12 @@ def found_checkpoint(source: Path) -> Path:
         ConfigError: there is none.
         DataError: it is damaged.
     """
-    found = source if (source / "weights.safetensors").is_file() else checkpoint.find_latest(source / "checkpoints")
+    if (source / "weights.safetensors").is_file():
+        checkpoint.verify(source)
+        return source
+    found = checkpoint.find_latest(source / "checkpoints")
     if found is None:
         raise ConfigError(f"{source}: neither a model folder, nor a checkpoint, nor a run folder with one")
-    checkpoint.verify(found)
     return found
 
 

@@ -16,7 +16,7 @@ from emoscale.config import EmoscaleError
 from emoscale.data.loader import StepData
 from emoscale.training.engine import Engine
 from emoscale.training.flops import model_flops_utilisation
-from emoscale.training.guards import Guards
+from emoscale.training.guards import Guards, SpikeConfig
 
 log = logging.getLogger("emoscale")
 MIN_COUNT = 1.0
@@ -69,7 +69,7 @@ def train(
             gradients were not finite for `max_nonfinite` steps in a row (the utterances are named).
     """
     device, in_a_row, asked, done = distributed.device(), 0, time.perf_counter(), first
-    guards = guards or Guards()
+    guards = guards or Guards(SpikeConfig(grad_norm=0, loss=0))  # who gives none has no `run.spike` to set
     ranks = torch.distributed.get_world_size()
     while done < last:
         data, counts, ready = _read(steps, tasks, done, hooks.save if done > first else None)

@@ -48,29 +48,37 @@ class Mirror:
         self.lock = threading.Lock()
         """Held while a checkpoint is chosen for upload, and by who removes superseded ones."""
         self.uploading: set[str] = set()
+        self.longest_s = 0.0
+        """Seconds that bringing the storage up to date has taken, the longest so far."""
         self._thread = ThreadPoolExecutor(1, "upload")
         self._waiting: Future[None] | None = None
 
-    def notice(self, newest: str) -> None:
-        """Upload a checkpoint that has been written, as soon as the upload in progress is done."""
+    def notice(self, newest: str, *, written: bool = True) -> None:
+        """Upload the newest checkpoint, as soon as the upload in progress is done.
+
+        Args:
+            newest: its name.
+            written: whether it was written just now; else it may be stored already, and an upload that a kill cut off is made up for.
+        """
         if self._waiting is not None:
             self._waiting.cancel()  # one that has not begun: this one does its work too
-        self._waiting = self._thread.submit(self._synchronise, newest)
+        self._waiting = self._thread.submit(self._synchronise, newest, written)
 
     def close(self) -> None:
         """Wait for what is being uploaded; bounded, as every request is."""
         self._thread.shutdown()
 
-    def _synchronise(self, newest: str) -> None:
+    def _synchronise(self, newest: str, written: bool) -> None:
         """Upload what is missing there, newest first, and remove what is superseded.
 
         What lies there behind the newest step was damaged and passed over; it is written again when the run gets there.
         """
+        start = time.perf_counter()
         try:
             for name in COMPANIONS:
                 if (self.run / name).is_file():
                     _patiently(lambda name=name: self.storage.put(self.run / name, name))
-            there = {name for name in stored_steps(self.storage) if name < newest}
+            there = {name for name in stored_steps(self.storage) if name < newest or (name == newest and not written)}
             for folder in checkpoint.list_steps(self.run / "checkpoints"):
                 wanted = folder.name <= newest and folder.name not in checkpoint.superseded(there | {folder.name}, self.keep, self.keep_every)
                 if wanted and folder.name not in there:
@@ -80,6 +88,8 @@ class Mirror:
             log.warning("upload failed, and is tried again with the next checkpoint: %s", error)
         except Exception:  # in a thread nobody looks at
             log.exception("upload failed, and is tried again with the next checkpoint")
+        finally:
+            self.longest_s = max(self.longest_s, time.perf_counter() - start)
 
     def _upload(self, folder: Path) -> set[str]:
         """Store one checkpoint; give its name, nothing where it is damaged or gone."""
@@ -133,16 +143,16 @@ def fetch(storage: Storage, name: str, run: Path) -> Path:
             (aside / file).parent.mkdir(parents=True, exist_ok=True)
             _patiently(lambda file=file: storage.get(f"{name}/{file}", aside / file))
         checkpoint.verify(aside)
+        stored = _patiently(lambda: storage.names(""))
+        for file in COMPANIONS:
+            # Metrics here end before what was fetched; a configuration here is the one to compare with.
+            if file in stored and (file == "metrics.jsonl" or not (run / file).is_file()):
+                _patiently(lambda file=file: storage.get(file, run / file))
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         os.replace(aside, final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     replace_text(final.parent / checkpoint.LATEST, name)
-    stored = _patiently(lambda: storage.names(""))
-    for file in COMPANIONS:
-        # Metrics here end before what was fetched; a configuration here is the one to compare with.
-        if file in stored and (file == "metrics.jsonl" or not (run / file).is_file()):
-            _patiently(lambda file=file: storage.get(file, run / file))
     log.warning("%s fetched from %s", name, storage.url)
     return final
 
@@ -166,8 +176,8 @@ def find_start(run: Path, url: str, world: distributed.World) -> Path | None:
         if name and world.local_rank == 0 and not (run / "checkpoints" / name / MANIFEST).is_file():
             found, problem = _attempt(storage, name, run)
         distributed.barrier()
-        if _name(found) != name:
-            found, problem = _find_local(run)
+        if name and _name(found) != name:  # fetched by another rank of this node, or older than what this node has
+            found, problem = _find_local(run, name)
     problems = distributed.gather_names([f"rank {world.rank}: {problem}"] if problem else [])
     if problems:
         raise DataError(problems[0].removeprefix("rank 0: "))
@@ -180,12 +190,15 @@ def find_start(run: Path, url: str, world: distributed.World) -> Path | None:
     return found
 
 
-def _find_local(run: Path) -> tuple[Path | None, str]:
-    """Give the newest whole checkpoint of a run folder, and what is wrong where none of several is."""
+def _find_local(run: Path, name: str = "") -> tuple[Path | None, str]:
+    """Give a checkpoint of a run folder, the newest whole one unless one is named, and what is wrong where it is damaged, or each is."""
     try:
-        return checkpoint.find_latest(run / "checkpoints"), ""
+        if not name:
+            return checkpoint.find_latest(run / "checkpoints"), ""
+        checkpoint.verify(run / "checkpoints" / name)
     except DataError as error:
         return None, str(error)
+    return run / "checkpoints" / name, ""
 
 
 def _newer(storage: Storage, run: Path, found: Path | None, problem: str) -> tuple[Path | None, str]:

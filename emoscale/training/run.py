@@ -15,7 +15,7 @@ from omegaconf import MISSING
 
 from emoscale import distributed
 from emoscale.clock import Laps
-from emoscale.config import ConfigError, DataError, EmoscaleError, differences, to_dict, to_yaml
+from emoscale.config import ConfigError, DataError, EmoscaleError, differences, from_mapping, to_dict, to_yaml
 from emoscale.data.collate import Encoder
 from emoscale.data.loader import Steps
 from emoscale.data.order import Order
@@ -170,7 +170,7 @@ def _pretrain(config: RunConfig, folder: Path, vigil: Vigil, laps: Laps) -> Path
     check_nodes(folder, to_dict(config), config.data.workers, world)
     latest = _open_folder(folder, config, world)
     laps.end("folder")
-    state = checkpoint.load(latest) if latest is not None else None
+    state = checkpoint.load(latest, verified=True) if latest is not None else None
     known, place = (state.meta["corpora"], state.step * config.data.global_batch) if state is not None else ([], 0)
     opened = open_corpora(config.data, config.run.seed, known, place)
     if len(opened.stages) > len(known) > 0:
@@ -187,11 +187,10 @@ def _pretrain(config: RunConfig, folder: Path, vigil: Vigil, laps: Laps) -> Path
         checkpoint.restore_random_state(latest, world, state.meta["world"])
         guards.spikes.restore(state.meta.get("spikes", {}))
         first = state.step
+    state = None  # its tensors are views of the files, whose space stays taken until they are let go
     laps.end("model")
-    _train(config, engine, built, opened, world, folder, first, guards, FirstStep(laps, folder if world.is_main else None))(vigil)
-    newest = checkpoint.find_latest(folder / "checkpoints")
-    assert newest is not None
-    return newest
+    result = _train(config, engine, built, opened, world, folder, first, guards, FirstStep(laps, folder if world.is_main else None), vigil)
+    return checkpoint.place(folder / "checkpoints", result.step)
 
 
 def check(config: RunConfig) -> None:
@@ -242,9 +241,18 @@ def _check_positions(positions: int, encoder: Encoder) -> None:
 
 
 def _train(
-    config: RunConfig, engine: Engine, built: Built, opened: Opened, world: distributed.World, folder: Path, first: int, guards: Guards, stepped: FirstStep
-) -> Any:
-    """Set up everything around the loop; calling the result with what watches over it runs it."""
+    config: RunConfig,
+    engine: Engine,
+    built: Built,
+    opened: Opened,
+    world: distributed.World,
+    folder: Path,
+    first: int,
+    guards: Guards,
+    stepped: FirstStep,
+    vigil: Vigil,
+) -> Result:
+    """Set up everything around the loop, and run it."""
     loop, optim = config.run, config.optim
     if world.is_main:
         write_assets(folder / "assets", built, config, folders_of(config.data)[0])
@@ -253,14 +261,14 @@ def _train(
     steps = SYSTEMS[config.system].steps(config, opened, built, world)
     outputs = trackers(folder, first, loop.track, to_dict(config)) if world.is_main else []
 
-    mirror = Mirror(folder, loop.upload, keep=loop.keep, keep_every=loop.keep_every) if loop.upload and world.is_main else None
+    mirror = _mirror(folder, loop, first) if loop.upload and world.is_main else None
     saver = Saver(folder, world, keep=loop.keep, keep_every=loop.keep_every, background=loop.save_async, mirror=mirror)
 
     def snapshot(step: int) -> checkpoint.State:
         meta = _identity(built) | {"seed": loop.seed, "corpora": [stage.record() for stage in opened.stages], "spikes": guards.spikes.record()}
         return checkpoint.State(step, *engine.state(keep=world.is_main), meta=meta, random=checkpoint.random_states())
 
-    def save(step: int, vigil: Vigil) -> None:
+    def save(step: int) -> None:
         with vigil.saving():
             saver.save(step, lambda: snapshot(step))
 
@@ -270,45 +278,53 @@ def _train(
         if world.is_main:
             log.info("step %d/%d loss %.4f lr %.2e %.0f utterances/s", row["step"], loop.steps, row["loss"], row["lr"], row["utterances_per_s"])
 
-    def run(vigil: Vigil) -> Result:
-        def ended(done: int) -> None:
-            stepped(done)
-            vigil.ended(done, saver.longest_s)
+    def ended(done: int) -> None:
+        stepped(done)
+        vigil.ended(done, saver.longest_s)
 
-        hooks = Hooks(
-            lambda step: learning_rate(step, peak=optim.lr, warmup=optim.warmup, total=loop.steps, shape=optim.schedule),
-            track,
-            lambda step: save(step, vigil),
-            vigil.stop,
-            lambda data: SYSTEMS[config.system].flops(built, data),
-            ended,
+    hooks = Hooks(
+        lambda step: learning_rate(step, peak=optim.lr, warmup=optim.warmup, total=loop.steps, shape=optim.schedule),
+        track,
+        save,
+        vigil.stop,
+        lambda data: SYSTEMS[config.system].flops(built, data),
+        ended,
+    )
+    engine.module.train()
+    data = steps.iterate(first, loop.steps, workers=config.data.workers)
+    try:
+        result = train(
+            engine,
+            data,
+            list(built.model.tasks),
+            hooks,
+            first=first,
+            last=loop.steps,
+            log_every=loop.log_every,
+            save_every=loop.save_every,
+            max_nonfinite=loop.max_nonfinite,
+            guards=guards,
         )
-        engine.module.train()
-        data = steps.iterate(first, loop.steps, workers=config.data.workers)
-        try:
-            result = train(
-                engine,
-                data,
-                list(built.model.tasks),
-                hooks,
-                first=first,
-                last=loop.steps,
-                log_every=loop.log_every,
-                save_every=loop.save_every,
-                max_nonfinite=loop.max_nonfinite,
-                guards=guards,
-            )
-            with vigil.saving():
-                saver.finish()
-            _finish(folder, world, result)
-            return result
-        finally:
-            vigil.close()
+        with vigil.saving():
+            saver.finish()
+        _finish(folder, world, result)
+        return result
+    finally:
+        with vigil.saving():
             saver.close()
-            for output in outputs:
-                output.close()
+        vigil.uploading()
+        saver.uploaded()
+        vigil.close()
+        for output in outputs:
+            output.close()
 
-    return run
+
+def _mirror(folder: Path, loop: LoopConfig, first: int) -> Mirror:
+    """Keep a run's checkpoints in storage too, that from which it goes on first: a kill may have cut its upload off."""
+    mirror = Mirror(folder, loop.upload, keep=loop.keep, keep_every=loop.keep_every)
+    if first > 0:
+        mirror.notice(checkpoint.place(folder / "checkpoints", first).name, written=False)
+    return mirror
 
 
 def _open_folder(folder: Path, config: RunConfig, world: distributed.World) -> Path | None:
@@ -317,7 +333,9 @@ def _open_folder(folder: Path, config: RunConfig, world: distributed.World) -> P
     told = folder / "config.json"
     mine = to_dict(config)
     if latest is not None and told.is_file():
-        changed = [line for line in differences(read_json(told, dict[str, Any], "choose another run.output"), mine) if not line.startswith(RESUMABLE)]
+        # Options that have come since have the values they had by default.
+        theirs = to_dict(from_mapping(RunConfig, read_json(told, dict[str, Any], "choose another run.output"), str(told)))
+        changed = [line for line in differences(theirs, mine) if not line.startswith(RESUMABLE)]
         if changed:
             raise ConfigError(f"{folder}: holds a run with another configuration ({'; '.join(changed)}); choose another run.output")
     distributed.barrier()

@@ -37,8 +37,7 @@ class Saver:
     def __init__(self, run: Path, world: distributed.World, *, keep: int, keep_every: int = 0, background: bool = True, mirror: Mirror | None = None) -> None:
         self.folder, self.assets, self.world, self.mirror = run / "checkpoints", run / "assets", world, mirror
         self.keep, self.keep_every, self.background = keep, keep_every, background
-        self.longest_s = 0.0
-        """Seconds from the call of `save` to the rename, the longest so far (rank 0)."""
+        self._longest_s = 0.0
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._step = -1
@@ -78,10 +77,18 @@ class Saver:
             )
 
     def close(self) -> None:
-        """Wait for what rank 0 is writing and uploading; not collective, so it serves where another rank has failed."""
+        """Wait for what rank 0 is writing; not collective, so it serves where another rank has failed."""
         self._thread.shutdown()
+
+    def uploaded(self) -> None:
+        """Wait for what rank 0 is uploading."""
         if self.mirror is not None:
             self.mirror.close()
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds from the call of `save` to the rename, and to the end of an upload, the longest so far (rank 0)."""
+        return self._longest_s + (self.mirror.longest_s if self.mirror is not None else 0.0)
 
     def _outcome(self) -> str:
         """Wait for the write in progress; give what went wrong with it, the same on every rank (collective)."""
@@ -98,7 +105,7 @@ class Saver:
             log.error("step %d could not be saved, the checkpoint before it stands: %s", state.step, error)
             raise
         took = time.perf_counter() - start
-        self.longest_s = max(self.longest_s, took)
+        self._longest_s = max(self._longest_s, took)
         log.info("%s written in %.1f s, for %.1f s of which training waited", written.name, took, held if self.background else took)
         if self.mirror is None:
             checkpoint.retire(self.folder, written, keep=self.keep, keep_every=self.keep_every)

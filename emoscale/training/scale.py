@@ -7,10 +7,13 @@ and hides nothing; stage 3 keeps up to `live` elements gathered for backward, so
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
 
 from emoscale.training.flops import forward_flops
 
@@ -21,6 +24,8 @@ STAGE_0_BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once without ZeRO (its `MEMORY_OPT_ALLREDUCE_SIZE`)."""
 SMALL_REDUCTIONS = 10
 """All-reduces of a few bytes in a logged step: counts, micro-batches, sums, times, stop, memory, pace, stragglers, norm, overflow."""
+ALIGNED = 2
+"""Elements of which each rank's part of the parameters is a multiple (DeepSpeed's `nccl_start_alignment_factor`)."""
 BACKWARD = 2 / 3
 """Share of the backward pass in the FLOP of a step without recomputation."""
 
@@ -44,17 +49,17 @@ class Model:
     positions: int = 512
 
     def tensors(self) -> Iterator[tuple[int, bool]]:
-        """Give (elements, whether it is decayed) of each parameter; a test counts them on the model itself."""
+        """Give (elements, whether it is decayed) of each parameter, in the model's order; a test compares them with the model itself."""
         w, f = self.width, 4 * self.width
         vector, square = (w, False), (w * w, True)
+        positions, segment = (self.positions * w, True), (w, True)
+        yield from [(self.vocabulary * w, True), positions, (2 * w, True), *[vector] * 2]
+        yield from [(self.visual, False), (self.visual * w, True), *[vector] * 3, positions, *[vector] * 2]
+        yield from [(self.acoustic, False), (self.acoustic * w, True), *[vector] * 3, positions, segment, *[vector] * 2]
         for _ in range(self.layers):
             yield from [(3 * w * w, True), (3 * w, False), square, *[vector] * 3, (f * w, True), (f, False), (w * f, True), *[vector] * 3]
-        yield from [(self.vocabulary * w, True), (self.positions * w, True), (2 * w, True), *[vector] * 2]
-        for features in (self.visual, self.acoustic):
-            yield from [(features, False), (features * w, True), *[vector] * 5, (self.positions * w, True)]
-        yield (w, True)  # type row of the acoustic embedder
-        for out in (self.vocabulary, self.visual, self.acoustic):
-            yield from [square, *[vector] * 3, (out, False)]
+        for out in (self.vocabulary, self.acoustic, self.visual):
+            yield from [(out, False), square, *[vector] * 3]
         yield from [square, *[vector] * 3, (self.expressions * w, True), (self.expressions, False)]
 
     @property
@@ -255,6 +260,23 @@ def wire(machine: Machine, call: Call, ranks: int) -> float:
     return ring(kind, call.size, ranks)[1]
 
 
+@functools.lru_cache(maxsize=256)
+def held_gradients(model: Model, ranks: int) -> int:
+    """Give the elements of gradients that the rank with the most of them keeps in stage 2.
+
+    DeepSpeed lays the parameters of a group end to end and cuts them into equal parts; of a parameter that is cut through, each of
+    the ranks keeps the whole gradient.
+    """
+    kept = np.zeros(ranks, np.int64)
+    for decayed in (True, False):
+        sizes = [size for size, kind in model.tensors() if kind is decayed]
+        part = -(-sum(sizes) // (ALIGNED * ranks)) * ALIGNED
+        ends = np.cumsum(sizes)
+        for size, first, last in zip(sizes, (ends - sizes) // part, (ends - 1) // part, strict=True):
+            kept[first : last + 1] += size
+    return int(kept.max())
+
+
 def memory(model: Model, plan: Plan, workload: Workload) -> dict[str, float]:
     """Give the bytes of a rank by part; `update` and `activations` never stand beside one another.
 
@@ -266,7 +288,7 @@ def memory(model: Model, plan: Plan, workload: Workload) -> dict[str, float]:
     owned, mixed = p / (n if plan.stage else 1), e < 4
     parts = {
         "parameters": float(p * e),
-        "gradients": e * (owned if plan.stage >= 2 else p),
+        "gradients": e * (held_gradients(model, n) if plan.stage == 2 else owned if plan.stage == 3 else p),
         "master": 4 * owned if mixed or plan.stage else 0.0,
         "moments": 8 * owned,
         "buckets": float(plan.bucket * e) if plan.stage else 0.0,

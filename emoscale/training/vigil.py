@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 from emoscale import distributed
-from emoscale.training.deadline import Deadline, job_end
+from emoscale.training.deadline import VARIABLE, Deadline, job_end
 from emoscale.training.signals import Preemption
 from emoscale.training.watchdog import Watchdog, patience
+
+log = logging.getLogger("emoscale")
 
 
 class Vigil:
@@ -26,6 +31,9 @@ class Vigil:
 
     def __init__(self, folder: Path, world: distributed.World, *, signal: str, hang_s: float, margin: float) -> None:
         end = job_end() if margin > 0 else None
+        if end is not None and end <= time.time():  # a shell that has outlived the job it was opened in
+            log.warning("%s: the job ended at %s, so this is not about this run: it is not looked at", VARIABLE, time.ctime(end))
+            end = None
         self.preemption = Preemption(signal)
         # One rank's clock decides for all, and the reason stands in its words.
         self.deadline = Deadline(end if world.is_main else None, margin)
@@ -48,6 +56,10 @@ class Vigil:
         with self.watchdog.saving(), self.deadline.saving():
             yield
 
+    def uploading(self) -> None:
+        """Note that nothing is left to do but uploads, which may take until the job's end."""
+        self.watchdog.allow("uploading", math.inf)
+
     def close(self) -> None:
-        """Watch no longer: what follows the last step may take as long as it likes."""
+        """Watch no longer."""
         self.watchdog.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
+import math
 import os
 import signal
 import threading
@@ -54,20 +55,30 @@ class Watchdog:
         self._closed = threading.Event()
         if limit > 0:
             faulthandler.register(signal.SIGALRM, STANDARD_ERROR, all_threads=True, chain=True)
-            self._expect("starting", max(limit, SLOW))
+            self.allow("starting", max(limit, SLOW))
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, step: int) -> None:
         """Note that a step has ended; the next one has `limit` seconds."""
         self.step = step
-        self._expect(f"in step {step + 1}", self._limit)
+        self.allow(f"in step {step + 1}", self._limit)
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Give what happens inside the time of a save, and what follows the time of a step."""
-        self._expect("saving", max(self._limit, SLOW))
+        self.allow("saving", max(self._limit, SLOW))
         yield
-        self._expect("after saving", self._limit)
+        self.allow("after saving", self._limit)
+
+    def allow(self, doing: str, seconds: float) -> None:
+        """Let what is being done take so many seconds, and no longer than the job; after that, the process ends."""
+        if self._limit <= 0:
+            return
+        if self._end is not None:
+            seconds = min(seconds, max(1.0, self._end - LAST - time.time()))
+        self._doing, self._since = doing, time.monotonic()
+        self._until = self._since + seconds
+        signal.setitimer(signal.ITIMER_REAL, 0 if math.isinf(seconds) else seconds + min(GRACE, self._limit))
 
     def close(self) -> None:
         """Watch no longer."""
@@ -75,16 +86,6 @@ class Watchdog:
         if self._limit > 0:
             signal.setitimer(signal.ITIMER_REAL, 0)
             faulthandler.unregister(signal.SIGALRM)
-
-    def _expect(self, doing: str, seconds: float) -> None:
-        """Something ends within so many seconds, or the process does."""
-        if self._limit <= 0:
-            return
-        if self._end is not None:
-            seconds = min(seconds, max(1.0, self._end - LAST - time.time()))
-        self._doing, self._since = doing, time.monotonic()
-        self._until = self._since + seconds
-        signal.setitimer(signal.ITIMER_REAL, seconds + min(GRACE, self._limit))
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._limit / 4)):

@@ -121,7 +121,7 @@ def test_a_bad_shard_is_an_error_that_names_it_and_never_a_short_pass(copy: Path
         (lambda f: (f / "manifest.json").write_text("[]"), "the whole: Input should be a valid dictionary ([] was found)"),
         (lambda f: edit(f / "manifest.json", lambda m: m.update(schema=2)), "manifest schema is 2, this version reads 1"),
         (lambda f: edit(f / "manifest.json", lambda m: m.pop("schema")), "manifest schema is None"),
-        (lambda f: edit(f / "manifest.json", lambda m: m.pop("counts")), "are not those of a corpus"),
+        (lambda f: edit(f / "manifest.json", lambda m: m.pop("counts")), "manifest.json None; run `emoscale prepare` again"),
         (lambda f: (f / "index.json").write_text("{}"), "index.json: shards: Field required"),
         (
             shard(1, lambda s: s["raw_data"].update(basename="../shard.00001.mds")),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.training.forks import Forks, Ranks
+from tests.training.forks import Forks, Ranks, lives
 from tests.training.runs import rows
 
 STEPS, BATCH = 12, 20
@@ -50,7 +50,7 @@ class Attempt:
 
     def running(self) -> bool:
         """Whether every rank lives."""
-        return all(_lives(pid) for pid in self.ranks.pids)
+        return all(lives(pid) for pid in self.ranks.pids)
 
     def strike(self, number: signal.Signals, rank: int | None, group: bool = False) -> None:
         """Signal a rank, or all."""
@@ -176,7 +176,7 @@ class Lab:
             }  # fmt: skip
         finally:
             for attempt in trial.attempts:
-                if any(map(_lives, attempt.ranks.pids)):
+                if any(map(lives, attempt.ranks.pids)):
                     attempt.codes(0)
             fault.clear(trial)
         if found["equal"] and not found["lost_or_twice"]:
@@ -254,11 +254,3 @@ def same(one: Path, other: Path, steps: int = STEPS) -> bool:
         if a.keys() != b.keys() or not all(torch.equal(a[key], b[key]) for key in a):
             return False
     return True
-
-
-def _lives(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False

@@ -89,7 +89,7 @@ def start(folder: Path) -> Server:
     given = ["-c", str(config)]
 
     def call(*words: str) -> None:
-        done = subprocess.run([*words, *given], cwd=folder, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run([*words, *given], cwd=folder, capture_output=True, text=True, check=False, timeout=180)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
 
     def run(*words: str) -> None:

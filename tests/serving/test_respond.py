@@ -120,6 +120,8 @@ def test_who_cannot_respond_and_how_not(model: Path, judge: Path, tmp_path: Path
     (tmp_path / "dialogue.jsonl").write_text('{"text": "we go"}')
     with pytest.raises(ConfigError, match="tells emotions, and responds to nothing"):
         answers(str(judge), [tmp_path / "dialogue.jsonl"])
+    with pytest.raises(ConfigError, match="decoding: while parsing a flow sequence"):
+        answers(str(model), [tmp_path / "dialogue.jsonl"], ["a=[1"])
     with pytest.raises(ConfigError, match=r"decoding: .*beems"):
         answers(str(model), [tmp_path / "dialogue.jsonl"], ["num_beems=3"])
 

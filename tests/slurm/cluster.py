@@ -277,7 +277,7 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _until(ready, folder: Path, seconds: float = 30) -> None:
+def _until(ready, folder: Path, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while True:
         try:

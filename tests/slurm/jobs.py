@@ -10,7 +10,8 @@ from typing import Any
 from tests.slurm.cluster import Cluster
 from tests.training.runs import TIMINGS
 
-STEPS = 60
+STEPS = 120
+"""So many that a job still runs when a signal has gone through SLURM to its ranks."""
 TWO_RANKS = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
 
 

@@ -49,9 +49,9 @@ def test_a_signal_and_a_requeue_change_nothing(cluster: Cluster, corpus: Path, u
     job = cluster.submit(*TWO_RANKS, *words(corpus, "disturbed"))
     until_step(cluster, job, run, 10)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
-    until_step(cluster, job, run, metrics(run)[-1][0] + 12)
+    cluster.until(lambda: cluster.state(job)["Restarts"] == "1", 180, job)
     assert "requeued" in cluster.log(job)
-    assert int(cluster.state(job)["Restarts"]) == 1
+    until_step(cluster, job, run, metrics(run)[-1][0] + 5)
     cluster.call("scontrol", "requeue", job)
     found = cluster.wait(job)
     assert found["JobState"] == "COMPLETED", cluster.log(job)
@@ -135,7 +135,7 @@ def test_a_rank_that_stands_still_costs_no_allocation(cluster: Cluster, corpus: 
     first, last = exits(cluster, job)
     assert (first["status"], first["reason"], first["host"]) == (HUNG, "hung", "emo1")
     assert last["reason"] == "done"
-    assert "rank 0 on emo1 has not moved for 8 s" in (run / "stacks_rank00000.txt").read_text()
+    assert "rank 0 on emo1 has not moved for " in (run / "stacks_rank00000.txt").read_text()
     assert "hung (exit code 75), requeued" in cluster.log(job)
     assert metrics(run) == metrics(undisturbed)
 

@@ -106,7 +106,7 @@ def slow_rank(path: str) -> None:
 
     def drag(*_: Any) -> None:
         if world.rank == world.size - 1 and step >= 2:
-            time.sleep(0.2)
+            time.sleep(0.4)
 
     def track(row: dict[str, Any]) -> None:
         nonlocal step
@@ -115,7 +115,7 @@ def slow_rank(path: str) -> None:
 
     built.model.register_forward_pre_hook(drag)
     hooks = Hooks(lambda step: ADAM.lr, track, lambda step: None, lambda: "")
-    train(engine, _steps(built, LARGE).iterate(0, 8), list(built.model.tasks), hooks, first=0, last=8, log_every=1, save_every=100, max_nonfinite=1)
+    train(engine, _steps(built, LARGE).iterate(0, 14), list(built.model.tasks), hooks, first=0, last=14, log_every=1, save_every=100, max_nonfinite=1)
     close(engine)
     _write(world, path, {"rows": rows, "log": distributed.gather_names([line for line in lines if "slow" in line])})
 

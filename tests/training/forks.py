@@ -53,10 +53,25 @@ class Ranks:
         """Give what the ranks have printed."""
         return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in self.logs)
 
+    def lost(self, rank: int) -> None:
+        """Wait until a rank has ended, whatever becomes of the others."""
+        end = time.monotonic() + PATIENCE
+        while lives(self.pids[rank]):
+            assert time.monotonic() < end, f"rank {rank} still runs after {PATIENCE} s:\n{self.output()}"
+            time.sleep(0.05)
+
     def kill(self, number: signal.Signals, *, rank: int | None = None, group: bool = False) -> None:
         """Signal all ranks or one; `group` reaches their worker processes too, as SLURM does."""
         for pid in self.pids if rank is None else [self.pids[rank]]:
             (os.killpg if group else os.kill)(pid, number)
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 class Forks:

@@ -43,6 +43,7 @@ def train(run: Path, url: str, *steps: int, keep: int = 2, keep_every: int = 0) 
         saver.save(step, lambda step=step: State(step, {"w": torch.full((3,), float(step))}, {"m": torch.ones(2)}, step, {}, random_states()))
         saver.finish()
     saver.close()
+    saver.uploaded()
 
 
 def stored(url: str) -> list[str]:
@@ -140,6 +141,37 @@ def test_storage_that_is_away_never_stops_training(tmp_path: Path, url: str, cap
     assert stored(url) == ["step_00000015", "step_00000010"]
 
 
+def test_an_upload_that_was_cut_off_is_made_up_for(tmp_path: Path, url: str) -> None:
+    """Also by a run that has no step left to take."""
+    train(tmp_path / "run", url, 5, 10)
+    kept = (tmp_path / "bucket/step_00000005/weights.safetensors").stat().st_mtime_ns
+    (tmp_path / "bucket/step_00000010/manifest.json").unlink()
+    for _ in range(2):
+        again = Mirror(tmp_path / "run", url, keep=2, keep_every=0)
+        again.notice("step_00000010", written=False)
+        again.close()
+        assert stored(url) == ["step_00000010", "step_00000005"]
+    assert (tmp_path / "bucket/step_00000005/weights.safetensors").stat().st_mtime_ns == kept
+    assert again.longest_s > 0
+
+
+def test_a_checkpoint_is_not_in_place_before_what_goes_with_it(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "run", url, 5)
+    storage = open_storage(url)
+    get = storage.get
+
+    def broken(name: str, path: Path) -> None:
+        if name == "config.json":
+            raise StorageError("reset by peer")
+        get(name, path)
+
+    monkeypatch.setattr(storage, "get", broken)
+    monkeypatch.setattr(mirror, "PATIENCE_S", 0.0)
+    with pytest.raises(StorageError, match="reset by peer"):
+        fetch(storage, "step_00000005", tmp_path / "fresh")
+    assert list_steps(tmp_path / "fresh/checkpoints") == []
+
+
 def test_a_new_run_is_not_begun_where_nobody_can_look(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     train(tmp_path / "run", url, 5)
 
@@ -165,6 +197,10 @@ def test_nodes_that_share_no_folder(forks: Forks, tmp_path: Path, url: str) -> N
     forks.start("tests.training.faults:two_nodes", str(tmp_path), url, world=2).succeed()
     assert [(tmp_path / f"found{rank}").read_text() for rank in (0, 1)] == ["step_00000010"] * 2
     assert load(tmp_path / "node1/checkpoints/step_00000010").step == 10
+    train(tmp_path / "node1", f"file://{tmp_path / 'elsewhere'}", 15)  # its upload was cut off, and now the other node leads
+    forks.start("tests.training.faults:two_nodes", str(tmp_path), url, world=2).succeed()
+    assert [(tmp_path / f"found{rank}").read_text() for rank in (0, 1)] == ["step_00000010"] * 2
+    shutil.rmtree(tmp_path / "node1/checkpoints/step_00000015")
     for place in ("node0/checkpoints", "node1/checkpoints", "bucket"):
         for path in (tmp_path / place).glob("step_*/weights.safetensors"):
             spoil(path)

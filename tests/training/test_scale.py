@@ -14,7 +14,7 @@ from emoscale.models.task import Sizes, TaskModel
 from emoscale.models.unified import Layer, UnifiedTransformer
 from emoscale.objectives import OBJECTIVES
 from emoscale.training import scale
-from emoscale.training.scale import Call, Link, Machine, Model, Plan, Workload
+from emoscale.training.scale import Call, Link, Machine, Model, Plan, Workload, held_gradients
 from emoscale.training.step_model import MIX
 
 LINK = Link(2e-6, 10e9)
@@ -33,9 +33,16 @@ def test_parameters_are_those_of_the_model(shape: tuple[int, int, int]) -> None:
         backbone = UnifiedTransformer(vocabulary=30_522, visual_width=342, acoustic_width=768, layers=layers, width=width, heads=heads, ffn=4 * width)
         sizes = Sizes(width, 30_522, 342, 768, 8)
         real = TaskModel(backbone, {name: OBJECTIVES[name](sizes) for name in MIX}, dict.fromkeys(MIX, 1.0))
-    counted = sorted((value.numel(), value.ndim > 1) for value in real.parameters())
-    assert sorted(model.tensors()) == counted
+    counted = [(value.numel(), value.ndim > 1) for value in real.parameters()]
+    assert list(model.tensors()) == counted
     assert model.parameters == sum(size for size, _ in counted)
+
+
+def test_a_gradient_that_is_cut_through_is_kept_whole() -> None:
+    """On one rank there is nothing to cut; on many, the words' embedding is more than the part of any of them."""
+    assert held_gradients(BASE, 1) == BASE.parameters
+    assert BASE.parameters / 2 < held_gradients(BASE, 2) < 0.51 * BASE.parameters + BASE.vocabulary * BASE.width
+    assert BASE.vocabulary * BASE.width <= held_gradients(BASE, 1024) < 1.1 * BASE.vocabulary * BASE.width
 
 
 def test_activations_are_what_a_layer_saves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +75,7 @@ def test_state_is_that_of_the_zero_paper() -> None:
     per = [scale.memory(model, Plan(64, stage, 1, bucket=0, live=0), Workload()) for stage in range(4)]
     state = [sum(parts[name] for name in ("parameters", "gradients", "master", "moments")) / model.parameters for parts in per]
     assert model.parameters == pytest.approx(7.7e9, rel=0.01)
-    assert [bytes_ * 7.5 for bytes_ in state] == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.06)
+    assert [bytes_ * 7.5 for bytes_ in state] == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.15)  # the paper cuts no gradient through
 
 
 def test_reducing_buckets_is_half_as_much_again_as_data_parallel() -> None:

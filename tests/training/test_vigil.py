@@ -56,3 +56,28 @@ def test_the_watchdog_is_there_until_closed(tmp_path: Path) -> None:
         watch.close()
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_the_end_of_another_job_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A shell keeps the variable of the job in which it was opened; ended by it, no run would outlive its first second."""
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() - 60))
+    watch = vigil(tmp_path, hang_s=60)
+    try:
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 60
+        watch.ended(1)
+        assert watch.stop() == ""
+        assert "SLURM_JOB_END_TIME: the job ended at" in caplog.text
+    finally:
+        watch.close()
+
+
+def test_uploads_may_take_until_the_job_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = vigil(tmp_path, hang_s=60)
+    watch.uploading()
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    watch.close()
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 1000))
+    watch = vigil(tmp_path, hang_s=60)
+    watch.uploading()
+    assert 900 < signal.getitimer(signal.ITIMER_REAL)[0] < 1000
+    watch.close()
