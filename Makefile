@@ -8,7 +8,7 @@
 # make demo-pairs   the image–text bi-encoder on generated portraits: search, control, and the emotion classifier
 # make demo-report  the demo table: three seeds, every arm, the control
 # make demo-respond IgERG on the demo corpus: responses with and without pictures, with and without pre-training
-# make bench-check  run the benchmarks again, and fail where a ratio fell by more than 15 % (CLIPS=folder adds prepare's)
+# make bench-check  run the benchmarks again, and fail where a ratio fell by more than 15 % (CLIPS=folder YUNET=model.onnx adds prepare's)
 # make lint         format, style and types
 # make gpu-check    on a machine with a GPU: build csrc/, run the tests that need one, measure kernels and a step
 # make native       build csrc/ with the torch of .venv
@@ -23,6 +23,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PYTEST_ARGS ?=
 CORPUS ?=
 CLIPS ?=
+YUNET ?=
 QUICK := quickstart
 BIN := $(VENV)/bin
 EMOSCALE := $(BIN)/emoscale
@@ -131,7 +132,8 @@ test: $(VENV)/.installed-dev
 test-ranks: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/training/test_engine.py tests/training/test_run.py tests/training/test_tcmp.py \
 		tests/training/test_encoders.py tests/training/test_bi_encoder.py tests/training/test_respond.py \
-		tests/training/test_worlds.py tests/training/test_norms.py tests/training/test_saving.py tests/training/test_mirror.py $(PYTEST_ARGS)
+		tests/training/test_worlds.py tests/training/test_norms.py tests/training/test_saving.py tests/training/test_mirror.py \
+		tests/training/test_watchdog.py tests/prepare/test_workers.py tests/test_imports.py $(PYTEST_ARGS)
 
 test-slurm: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not faults" tests/slurm $(PYTEST_ARGS)
@@ -148,7 +150,7 @@ test-zero: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.zero.page
 
 bench-check: $(VENV)/.installed-dev
-	$(EMOSCALE) bench check $(if $(CLIPS),'source=$(CLIPS)')
+	$(EMOSCALE) bench check $(if $(CLIPS),'source=$(CLIPS)') $(if $(YUNET),'prepare=[preprocess.faces.detector=yunet$(,)preprocess.faces.model=$(YUNET)]')
 
 gpu-check: native
 	$(BIN)/python -m pytest -q -m gpu tests

@@ -18,6 +18,8 @@ from emoscale.training.bench_step import COMPILED, bench_step
 log = logging.getLogger("emoscale")
 FALL = 0.15
 """Share of a committed ratio by which the measured one may lie below it."""
+WORKLOAD = ("utterances_are", "detector", "detector_sha256", "faces", "acoustic_encoder", "visual_encoder", "teacher", "threads_per_process")
+"""Keys of a result of `prepare` that say what was done."""
 KINDS = ("step", "data", "prepare")
 
 
@@ -31,6 +33,8 @@ class CheckConfig:
     """Benchmarks to run."""
     source: str = ""
     """Clips for `prepare`; without them it is not run."""
+    prepare: list[str] = field(default_factory=list)
+    """More words for `prepare`: the detector and the encoders that the committed result names."""
     attempts: int = 3
     """Runs of a benchmark at most: another one only where a ratio has fallen, and the best of each ratio counts, as a busy machine lowers them."""
     output: str = "benchmarks/local"
@@ -140,7 +144,13 @@ def _again(kind: str, before: dict[str, Any], config: CheckConfig) -> dict[str, 
     if kind == "data":
         same = ("utterances", "batch", "threads", "repeats")
         return bench_data([*(f"{name}={before[name]}" for name in same), output])
-    return bench_prepare([f"source={config.source}", output])
+    found = bench_prepare([f"source={config.source}", *config.prepare, output])
+    other = [f"{name} is {found.get(name)!r}, committed {before.get(name)!r}" for name in WORKLOAD if found.get(name) != before.get(name)]
+    if other:
+        raise ConfigError(
+            f"prepare: another workload is not compared: {'; '.join(other)}; name what it was, such as 'prepare=[preprocess.faces.detector=yunet]'"
+        )
+    return found
 
 
 def told(result: dict[str, Any]) -> str:

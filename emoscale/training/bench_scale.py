@@ -188,7 +188,7 @@ def told(result: dict[str, Any]) -> str:
     """Give the result as lines for a terminal."""
     if "predicted" not in result:
         return scale_check.told(result)
-    lines = [f"Predictions for {result['gpu']}s from stated constants: nothing here was measured on a GPU.", ""]
+    lines = [f"Predictions for {result['gpu']}s from stated constants: no step was measured on a GPU.", ""]
     for size in dict.fromkeys(cell["size"] for cell in result["cells"]):
         lines += [*_table([cell for cell in result["cells"] if cell["size"] == size]), ""]
     return "\n".join(lines[:-1])

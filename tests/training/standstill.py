@@ -67,7 +67,7 @@ def _fault(name: str, here: bool) -> Iterator[None]:
     }
     everywhere = {"every node": faults["device"]}
     chosen = everywhere.get(name) or (faults.get(name) if here else None)
-    with mock.patch.object(health.shutil, "disk_usage", lambda path: mock.Mock(free=1 << 40)), chosen or nullcontext():
+    with mock.patch.object(health.shutil, "disk_usage", return_value=mock.Mock(free=1 << 40)), chosen or nullcontext():
         yield
 
 

@@ -58,7 +58,7 @@ def test_a_gpu_that_is_too_small_is_told() -> None:
     result = bench_scale(["sizes=[3b]", "gpus=[1, 64]", "gpu=H100", "reserved=40e9"])
     text = told(result)
     assert "Predictions for H100s" in text
-    assert "nothing here was measured on a GPU" in text
+    assert "no step was measured on a GPU" in text
     assert "does not fit" in text
     assert "fastest" in text
 
@@ -73,3 +73,20 @@ def test_the_result_is_written(tmp_path: Path) -> None:
 def test_values_out_of_range_are_refused_by_name(word: str) -> None:
     with pytest.raises(ConfigError, match=word.split("=")[0]):
         load(ScaleConfig, None, [word])
+
+
+def test_the_table_of_the_readme_is_what_the_command_predicts() -> None:
+    """Fastest stage of each size and number of GPUs; `communication` is what of the step nothing hides."""
+    result = bench_scale(["global_batch=10240", "sizes=[base, 3b]", "gpus=[8, 64, 256, 512, 1024]"])
+    wanted = []
+    for size, shown in (("base", "base"), ("3b", "3 B")):
+        for gpus in (8, 64, 256, 512, 1024):
+            row = min((row for row in result["cells"] if (row["size"], row["gpus"]) == (size, gpus) and row["fits"]), key=lambda row: row["step_s"])
+            first = shown if gpus == 8 else ""
+            wanted.append(
+                f"| {first} | {gpus:,} | ZeRO {row['stage']} | {row['memory_total'] / 1e9:.1f} | {row['step_s'] * 1e3:,.0f} ms "
+                f"| {row['exposed_s'] / row['step_s']:.0%} | {row['mfu']:.0%} |"
+            )
+    page = (Path(__file__).resolve().parents[2] / "README.md").read_text().splitlines()
+    at = page.index("| | GPUs | fastest that fits | GB of 141 | step | of it communication | MFU |") + 2
+    assert page[at : at + len(wanted)] == wanted
