@@ -28,6 +28,12 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
+def write_result(path: Path, result: Any) -> None:
+    """Write what a benchmark has found, as JSON; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def stays_inside(name: str) -> bool:
     """Whether a name from outside, put behind a folder, leads to something below it: no `..`, no root, nothing empty."""
     parts = PurePosixPath(name).parts

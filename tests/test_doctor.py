@@ -120,6 +120,9 @@ def test_a_run_without_checkpoints_begins_anew(tmp_path: Path) -> None:
     (finding,) = doctor.verify(tmp_path)
     assert finding.ok
     assert "begins anew" in finding.detail
+    (tmp_path / "checkpoints" / ".step_00000020.writing").mkdir()  # its first save was killed
+    *_, resume = doctor.verify(tmp_path)
+    assert (resume.ok, resume.detail) == (True, "no checkpoint yet: begins anew")
 
 
 def test_corpus_is_verified_by_its_shards(tmp_path: Path) -> None:

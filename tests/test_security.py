@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -335,16 +336,17 @@ def test_names_of_outputs_are_names_of_files(tmp_path: Path, name: str) -> None:
 
 
 def test_an_utterance_s_id_is_never_a_path(tmp_path: Path) -> None:
-    """Whatever ids say, a corpus of them is read and trained on without a file of their names."""
+    """Whatever ids say, a corpus of them is written and read without a file of their names."""
     items = [
         Utterance(id="../../evil", dialogue="/etc", speaker="..", text="we go", acoustic=np.zeros((2, 5), np.float16)),
         Utterance(id="a\nb\x1b[31m", text="now"),
     ]
     manifest = Synthetic(2, visual_width=6, acoustic_width=5, expressions=3).manifest
-    corpus = Corpus(write_corpus(tmp_path / "corpus", items, manifest))
+    corpus = Corpus(write_corpus(tmp_path / "a" / "b" / "corpus", items, manifest))
     assert [corpus[0].id, corpus[1].id] == ["../../evil", "a\nb\x1b[31m"]
     assert str(DataError(f"{corpus[1].id}: odd")) == "a b?[31m: odd"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
+    assert [path for path in tmp_path.rglob("*") if "evil" in path.name] == []
+    assert [path.name for folder in (tmp_path, tmp_path / "a", tmp_path / "a/b") for path in folder.iterdir()] == ["a", "b", "corpus"]
 
 
 def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
@@ -424,7 +426,13 @@ def test_the_environment_s_secrets_do_not_reach_logs_or_run_folders(
         assert "s3://bucket/corpus/manifest.json" in said
         assert SECRET not in said
     more = ["run.output=run", f"data.corpora=[{corpus}]", "run.steps=1", "run.precision=fp32", "zero.stage=0", "data.global_batch=4", "data.max_tokens=512"]
-    assert called(monkeypatch, capsys, *PRETRAIN, *more, "--check")[0] == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "emoscale", *PRETRAIN, *more], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "train.log").is_file()
+    assert (tmp_path / "run" / "environment.json").is_file()
+    assert SECRET not in done.stdout + done.stderr
     assert not written(tmp_path)
 
 

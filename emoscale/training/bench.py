@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from emoscale.config import ConfigError
+from emoscale.files import write_result
 from emoscale.training import bench_check, bench_kernels, bench_scale, bench_step
 from emoscale.training.bench_data import bench_data
 from emoscale.training.bench_dialogues import bench_dialogues
@@ -38,7 +38,7 @@ def bench_gpu(overrides: list[str]) -> dict[str, Any]:
         "step_same_loss": bench_step.bench_step([*base, "utterances=64", "compile=false"]),
     }
     result = bench_kernels.bench_kernels(["device=cuda", f"output={folder / 'latest'}", *overrides])
-    (folder / f"{time.strftime('%Y-%m-%d', time.gmtime())}.json").write_text(json.dumps(result | steps, indent=1) + "\n")
+    write_result(folder / f"{time.strftime('%Y-%m-%d', time.gmtime())}.json", result | steps)
     return result | steps
 
 

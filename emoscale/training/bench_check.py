@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emoscale.config import ConfigError, EmoscaleError, load
+from emoscale.files import write_result
 from emoscale.records import read_json
 from emoscale.training.bench_data import bench_data
 from emoscale.training.bench_prepare import bench_prepare
@@ -88,8 +88,7 @@ def bench_check(overrides: list[str]) -> dict[str, Any]:
     if not verdicts:
         raise ConfigError("benches: nothing was compared; " + "; ".join(f"{kind}: {reason}" for kind, reason in not_run.items()))
     result = {"verdicts": [vars(verdict) | {"holds": verdict.holds} for verdict in verdicts], "not_run": not_run}
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    (Path(config.output) / "check.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(Path(config.output) / "check.json", result)
     fallen = [str(verdict) for verdict in verdicts if not verdict.holds]
     if fallen:
         raise EmoscaleError(f"{len(fallen)} of {len(verdicts)} ratios fell by more than {FALL:.0%}: {'; '.join(fallen)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -14,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from emoscale.config import ConfigError, load
 from emoscale.data import collate, loader
 from emoscale.data.collate import Encoder
@@ -25,9 +22,11 @@ from emoscale.data.mds import ShardReader
 from emoscale.data.order import Order
 from emoscale.data.streams import Corpus
 from emoscale.data.tokens import Features, TextEncoder, load_tokenizer
+from emoscale.files import write_result
 from emoscale.objectives import OBJECTIVES
 from emoscale.training.data_peers import PEERS, stored_bytes, write_corpus, write_peers
 from emoscale.training.environment import environment
+from emoscale.training.step_clock import threads
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench" / "data.yaml"
 MIX = {"masked_text": 2.0, "masked_acoustic": 1.0, "masked_visual": 1.0, "visual_emotion": 1.0}
@@ -87,16 +86,9 @@ def bench_data(overrides: list[str]) -> dict[str, Any]:
         ConfigError: a peer is not installed.
     """
     config = load(DataBenchConfig, CONFIG if CONFIG.is_file() else None, overrides)
-    before = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        with tempfile.TemporaryDirectory(prefix="emoscale-bench-") as folder:
-            result = _measured(config, Path(folder))
-    finally:
-        torch.set_num_threads(before)
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "data.json").write_text(json.dumps(result, indent=1) + "\n")
+    with threads(config.threads), tempfile.TemporaryDirectory(prefix="emoscale-bench-") as folder:
+        result = _measured(config, Path(folder))
+    write_result(Path(config.output) / "data.json", result)
     return result
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import time
 from dataclasses import dataclass, field
 from html import escape
@@ -15,6 +14,7 @@ import torch
 from emoscale.config import ConfigError, load
 from emoscale.evaluation.charts import bar_chart, number
 from emoscale.evaluation.page import Section, cell, page, table
+from emoscale.files import write_result
 from emoscale.kernels import bench, explain
 from emoscale.training.environment import environment
 
@@ -98,8 +98,7 @@ def told(result: dict[str, Any]) -> str:
 
 def write(folder: Path, result: dict[str, Any]) -> None:
     """Write JSON, CSV and the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(folder / "kernels.json", result)
     with (folder / "kernels.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(result["rows"][0]))
         writer.writeheader()

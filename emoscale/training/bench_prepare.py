@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from emoscale.config import ConfigError, EmoscaleError, load, to_dict
+from emoscale.files import write_result
 from emoscale.prepare.container import probe
 from emoscale.prepare.extract import TEACHER_FOLDER, Extractor, PreprocessConfig
 from emoscale.prepare.faces import make_detector
@@ -73,8 +74,7 @@ def bench_prepare(overrides: list[str]) -> dict[str, Any]:
     for count in others:
         result[f"{count}/speed_up"] = result[f"{count}/media_per_s"] / result[f"{first}/media_per_s"]
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prepare.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(folder / "prepare.json", result)
     return result
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional
 from emoscale.batch import Utterance
 from emoscale.config import EmoscaleError, load
 from emoscale.data.synthetic import WORDS, Synthetic, synthetic_tokenizer
+from emoscale.files import write_result
 from emoscale.models.config import SIZES, ModelConfig
 from emoscale.models.unified import UnifiedTransformer
 from emoscale.prepare.shards import Statistics, write_shards
@@ -30,6 +31,7 @@ from emoscale.records import read_json
 from emoscale.training import checkpoint
 from emoscale.training.environment import environment
 from emoscale.training.flops import forward_flops
+from emoscale.training.step_clock import threads
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "bench" / "probe.yaml"
@@ -90,8 +92,7 @@ def bench_probe(overrides: list[str]) -> dict[str, Any]:
         "load": os.getloadavg()[0], "machine": environment(), "time": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
     }  # fmt: skip
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "probe.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(folder / "probe.json", result)
     return result
 
 
@@ -148,17 +149,15 @@ def shape_of(size: str) -> dict[str, Any]:
     return {"vocabulary": 5 + len(WORDS), "visual_width": VISUAL_WIDTH, "acoustic_width": ACOUSTIC_WIDTH} | kept
 
 
-def product_flops(threads: int, rows: int = 4096, repeats: int = 7) -> float:
-    """Measure matrix products of a feed-forward layer's shape (base), FLOP/s: the median of some."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def product_flops(count: int, rows: int = 4096, repeats: int = 7) -> float:
+    """Measure matrix products of a feed-forward layer's shape (base) on so many threads, FLOP/s: the median of some."""
     x, w = torch.randn(rows, 768), torch.randn(3072, 768)
     taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        functional.linear(x, w)
-        taken.append(time.perf_counter() - start)
-    torch.set_num_threads(before)
+    with threads(count):
+        for _ in range(repeats):
+            start = time.perf_counter()
+            functional.linear(x, w)
+            taken.append(time.perf_counter() - start)
     return 2.0 * rows * 768 * 3072 / statistics.median(taken)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emoscale.config import load
+from emoscale.files import write_result
 from emoscale.models.config import ModelConfig
 from emoscale.training import scale, scale_check
 from emoscale.training.environment import environment
@@ -106,7 +107,7 @@ def bench_scale(overrides: list[str]) -> dict[str, Any]:
         result = {"predicted": True, "gpu": config.gpu, "cells": [cell for size in config.sizes for cell in cells(config, size)]}
     result = {"machine": environment(), "time": time.strftime("%Y-%m-%d %H:%M", time.gmtime())} | result
     if config.output:
-        scale_check.write(Path(config.output), result)
+        write_result(Path(config.output), result)
     return result
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import statistics
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from emoscale.batch import Batch
 from emoscale.config import ConfigError, load
+from emoscale.files import write_result
 from emoscale.training.environment import environment
 from emoscale.training.flops import forward_parts
 from emoscale.training.step_clock import (
@@ -83,9 +83,7 @@ def bench_step(overrides: list[str]) -> dict[str, Any]:
         raise ConfigError("device: cuda is asked for, and PyTorch finds no GPU; leave it out, or look at `emoscale doctor`")
     with threads(config.threads):
         result = measured(config)
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "step.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(Path(config.output) / "step.json", result)
     return result
 
 

@@ -238,9 +238,3 @@ def told(result: dict[str, Any]) -> str:
         for row in result["held"]
     ]
     return "\n".join([*lines, *(f"{name}: {value:.1%}" if isinstance(value, float) else f"{name}: {value}" for name, value in result["summary"].items())])
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
