@@ -7,10 +7,11 @@ Axis letters: `b` utterances · `t` packed tokens of the micro-batch · `s` toke
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Collection
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -133,8 +134,48 @@ class Targets:
         return int(self.rows.shape[0])
 
 
+def changed(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """Give the same dataclasses, dictionaries, lists and tuples with other leaves of a kind."""
+    if type(value) is kind:
+        return change(value)
+    if type(value) is dict:
+        return {name: changed(part, kind, change) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(changed(part, kind, change) for part in value)
+    if is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
+        other = copy.copy(value)
+        vars(other).update(changed(vars(value), kind, change))
+        return other
+    return value
+
+
+class MicroBatch:
+    """What the loop does with a micro-batch of any system, each a dataclass with `targets`."""
+
+    targets: dict[str, Targets]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Self:
+        """Copy every tensor to a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Page-lock every tensor, so that the copy to a GPU overlaps the step (a DataLoader calls this)."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def without_targets(self) -> Self:
+        """Give the same batch with nothing to predict: every module runs, the loss is zero."""
+        other = copy.copy(self)
+        other.targets = {name: Targets(found.rows[:0], found.values[:0]) for name, found in self.targets.items()}
+        return other
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        from torch import Tensor
+
+        return changed(self, Tensor, change)
+
+
 @dataclass
-class Batch:
+class Batch(MicroBatch):
     """One packed micro-batch: the tokens of all its utterances lie behind one another, without padding.
 
     Sequence of an utterance: `[CLS] text [SEP] visual… acoustic…`, with text features, where a corpus has them, behind [SEP].
@@ -192,22 +233,9 @@ class Batch:
         spoken = 0 if self.text_features is None else self.text_features.shape[0]
         return int(self.text.shape[0] + spoken + self.visual.shape[0] + self.acoustic.shape[0])
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """Copy every tensor to a device."""
-        moved = {f.name: _moved(getattr(self, f.name), device, non_blocking) for f in fields(self)}
-        return Batch(**moved)
-
-    def pin_memory(self) -> Batch:
-        """Page-lock every tensor, so that the copy to a GPU overlaps the step (a DataLoader calls this)."""
-        return Batch(**{f.name: _pinned(getattr(self, f.name)) for f in fields(self)})
-
-    def without_targets(self) -> Batch:
-        """Give the same batch with nothing to predict: every module runs, the loss is zero."""
-        return replace(self, targets={name: Targets(t.rows[:0], t.values[:0]) for name, t in self.targets.items()})
-
 
 @dataclass
-class EmbeddedBatch:
+class EmbeddedBatch(MicroBatch):
     """Utterances of which a head is given what it reads: one vector each."""
 
     ids: list[str]
@@ -224,13 +252,9 @@ class EmbeddedBatch:
         """Number of utterances."""
         return len(self.ids)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> EmbeddedBatch:
-        """Copy every tensor to a device."""
-        return replace(self, embeddings=self.embeddings.to(device, non_blocking=non_blocking), targets=_moved(self.targets, device, non_blocking))
-
     def without_targets(self) -> EmbeddedBatch:
-        """Give the same batch with nothing to predict."""
-        return replace(self, embeddings=self.embeddings[:0], targets={name: Targets(t.rows[:0], t.values[:0]) for name, t in self.targets.items()})
+        """Give the same batch with nothing to predict, and nothing that it would be predicted from."""
+        return replace(super().without_targets(), embeddings=self.embeddings[:0])
 
 
 def _stored(value: Any) -> Any:
@@ -246,19 +270,3 @@ def _restored(value: Any) -> Any:
     if value.ndim != 3 or 1 not in value.shape[:2] or 0 in value.shape:
         raise ValueError(f"features of shape {value.shape}, [frames, width] was expected")
     return np.zeros((value.shape[0] - 1, value.shape[1] - 1), value.dtype)
-
-
-def _moved(value: Any, device: torch.device | str, non_blocking: bool) -> Any:
-    if isinstance(value, dict):
-        return {name: _moved(item, device, non_blocking) for name, item in value.items()}
-    if isinstance(value, Targets):
-        return Targets(_moved(value.rows, device, non_blocking), _moved(value.values, device, non_blocking))
-    return value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
-
-
-def _pinned(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _pinned(item) for name, item in value.items()}
-    if isinstance(value, Targets):
-        return Targets(value.rows.pin_memory(), value.values.pin_memory())
-    return value.pin_memory() if hasattr(value, "pin_memory") else value

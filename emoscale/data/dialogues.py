@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emoscale.batch import Batch, Targets, Utterance
+from emoscale.batch import Batch, MicroBatch, Targets, Utterance
 from emoscale.config import DataError
 from emoscale.data.collate import Encoded, Encoder, pack
 from emoscale.data.loader import StepData, Steps
@@ -25,7 +25,7 @@ NEARBY = 2
 
 
 @dataclass
-class DialogueBatch:
+class DialogueBatch(MicroBatch):
     """One micro-batch of windows; every utterance is encoded once, as a text and as a voice.
 
     Axis letters besides those of `emoscale.batch`: `u` utterances, those of windows first, then noise · `n` windows ·
@@ -58,24 +58,6 @@ class DialogueBatch:
     def tokens(self) -> int:
         """Packed tokens of all sequences."""
         return self.sequences.tokens
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> DialogueBatch:
-        """Copy every tensor to a device."""
-        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> DialogueBatch:
-        """Page-lock every tensor (a DataLoader calls this)."""
-        return self._each(lambda value: value.pin_memory())
-
-    def without_targets(self) -> DialogueBatch:
-        """Give the same batch with nothing to search: every module runs, the loss is zero."""
-        return replace(self, targets={name: Targets(t.rows[:0], t.values[:0]) for name, t in self.targets.items()})
-
-    def _each(self, change: Any) -> DialogueBatch:
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved |= {name: change(value) for name, value in moved.items() if isinstance(value, Tensor | Batch)}
-        moved["targets"] = {name: Targets(change(t.rows), change(t.values)) for name, t in self.targets.items()}
-        return DialogueBatch(**moved)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ it shares with its parent; a slot is taken for a step, and is free again when th
 
 from __future__ import annotations
 
-import copy
 import itertools
 import multiprocessing
 import os
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from mmap import mmap
 from typing import Any
 
@@ -21,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
+
+from emoscale.batch import changed
 
 SLOTS, SIZE = 4, 1 << 29
 """Slots of a worker, and bytes of each, of which only those take memory that were written to. A worker is two steps ahead, and the
@@ -74,9 +75,9 @@ class Slots:
         finally:
             _Arena.current = None
         try:
-            step = _changed(made, Tensor, arena.place)
+            step = changed(made, Tensor, arena.place)
         except _FullError:
-            return _changed(made, Tensor, lambda tensor: tensor.clone() if arena.holds(tensor) else tensor)
+            return changed(made, Tensor, lambda tensor: tensor.clone() if arena.holds(tensor) else tensor)
         return Lent(self.number, slot, arena.tensors, step)
 
     def open(self, lent: Lent) -> Any:
@@ -96,7 +97,7 @@ class Slots:
 
         if not count:
             taken[slot] = 0
-        return _changed(lent.step, _Place, tensor)
+        return changed(lent.step, _Place, tensor)
 
 
 class Lent:
@@ -172,18 +173,3 @@ class _Place:
     offset: int
     dtype: str
     shape: tuple[int, ...]
-
-
-def _changed(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """Give the same dataclasses, dictionaries, lists and tuples with other leaves of a kind."""
-    if type(value) is kind:
-        return change(value)
-    if type(value) is dict:
-        return {name: _changed(part, kind, change) for name, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_changed(part, kind, change) for part in value)
-    if is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
-        other = copy.copy(value)
-        vars(other).update(_changed(vars(value), kind, change))
-        return other
-    return value

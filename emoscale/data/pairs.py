@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from emoscale.batch import Targets, Utterance
+from emoscale.batch import MicroBatch, Targets, Utterance
 from emoscale.codecs import count_faces, decode_face
 from emoscale.config import DataError
 from emoscale.data.collate import Encoder
@@ -36,7 +35,7 @@ class Pair:
 
 
 @dataclass
-class PairBatch:
+class PairBatch(MicroBatch):
     """The pairs of one rank, embedded in chunks of which one at a time is held in memory."""
 
     ids: list[str]
@@ -63,22 +62,6 @@ class PairBatch:
     def tokens(self) -> int:
         """Tokens of texts and pictures."""
         return len(self.text) + len(self.ids) * self.patches
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PairBatch:
-        """Copy every tensor to a device."""
-        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PairBatch:
-        """Page-lock every tensor (a DataLoader calls this)."""
-        return self._each(lambda value: value.pin_memory())
-
-    def without_targets(self) -> PairBatch:
-        """Give the same batch with nothing to align: every module runs, the loss is zero."""
-        return replace(self, targets={name: Targets(t.rows[:0], t.values[:0]) for name, t in self.targets.items()})
-
-    def _each(self, change: Any) -> PairBatch:
-        targets = {name: Targets(change(t.rows), change(t.values)) for name, t in self.targets.items()}
-        return replace(self, text=change(self.text), pictures=change(self.pictures), targets=targets)
 
 
 class Pairs:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from emoscale.batch import Targets, Utterance
+from emoscale.batch import MicroBatch, Targets, Utterance
 from emoscale.codecs import one_face
 from emoscale.config import DataError
 from emoscale.data.collate import Encoder
@@ -31,7 +31,7 @@ REMEMBERED = 1 << 16
 
 
 @dataclass
-class TurnBatch:
+class TurnBatch(MicroBatch):
     """One micro-batch of samples `[IMG] picture … picture, turn … turn → response`, each a row of a padded table.
 
     Axis letters besides those of `emoscale.batch`: `n` samples · `s` places of a sample · `p` pictures · `w` word pieces ·
@@ -77,24 +77,6 @@ class TurnBatch:
     def tokens(self) -> int:
         """Places that hold something, of samples and responses."""
         return len(self.marks) + len(self.pictures) + len(self.text) + self.targets[RESPONSE].count
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> TurnBatch:
-        """Copy every tensor to a device."""
-        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> TurnBatch:
-        """Page-lock every tensor (a DataLoader calls this)."""
-        return self._each(lambda value: value.pin_memory())
-
-    def without_targets(self) -> TurnBatch:
-        """Give the same batch with nothing to predict: every module runs, the loss is zero."""
-        return replace(self, targets={name: Targets(t.rows[:0], t.values[:0]) for name, t in self.targets.items()})
-
-    def _each(self, change: Any) -> TurnBatch:
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved |= {name: change(value) for name, value in moved.items() if isinstance(value, Tensor)}
-        moved["targets"] = {name: Targets(change(t.rows), change(t.values)) for name, t in self.targets.items()}
-        return TurnBatch(**moved)
 
 
 @dataclass

@@ -12,8 +12,10 @@ from types import TracebackType
 
 from emoscale.config import EmoscaleError
 
-BURST = "128kb"
-"""What may pass a token bucket at once: above the largest segment that the kernel hands it."""
+SEGMENT = "16384"
+"""Bytes that the kernel hands a link at once, where it would hand four times as many."""
+BURST = "20kb"
+"""What may pass a token bucket at once: above such a segment, and little beside what is sent, or short messages would be faster than the link."""
 QUEUE = "16mb"
 """What may wait before packets are dropped: more than senders have under way, so that nothing is sent twice."""
 CLONE_NEWNET = 0x40000000
@@ -79,6 +81,7 @@ class Links:
             for device in ("lo", "eth0"):
                 _call("ip", "-n", host, "link", "set", device, "up")
             for space, device in ((host, "eth0"), (self.hub, port)):
+                _call("ip", "-n", space, "link", "set", device, "gso_max_size", SEGMENT)
                 _call("tc", "-n", space, "qdisc", "add", "dev", device, "root", "tbf", "rate", f"{self.mbit}mbit", "burst", BURST, "limit", QUEUE)
 
     def _remove(self) -> None:
