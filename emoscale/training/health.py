@@ -80,6 +80,7 @@ def check_nodes(folder: Path, config: dict[str, Any], workers: int, world: distr
         NodeError: some nodes, not all, are unfit; on every rank, with the same text.
         EmoscaleError: what all nodes share is unfit, or all nodes are.
     """
+    _refuse_lost_gpu(folder)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
     facts = Facts(world.rank, node_name(), 0.0, _software(), digest, _local_complaints(workers * world.local_size), _folder_complaints(folder))
     sums = _sums(world)
@@ -88,6 +89,19 @@ def check_nodes(folder: Path, config: dict[str, Any], workers: int, world: distr
     everyone = [Facts(**json.loads(text)) for text in distributed.gather_names([json.dumps(asdict(facts))])]
     _blame(everyone, [json.loads(text) for text in distributed.gather_names([json.dumps(sums)])])
     judge(everyone, folder, world)
+
+
+def _refuse_lost_gpu(folder: Path) -> None:
+    """Raise NodeError on this rank alone where its GPU is lost: ranks talk through their GPUs, so it can tell no other; the launcher ends those."""
+    device = distributed.device()
+    if device.type != "cuda":
+        return
+    try:
+        _computes(device)
+    except RuntimeError as error:
+        message = f"{node_name()} is not fit: {device} fails: {' '.join(str(error).split())[:200]}"
+        tell(finished=False, reason=message, unfit=[node_name()], output=str(folder.resolve()))
+        raise NodeError(f"{message}; leave it out (sbatch --exclude={node_name()}) or mend it") from error
 
 
 def judge(everyone: list[Facts], folder: Path, world: distributed.World) -> None:

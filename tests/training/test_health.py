@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from emoscale.config import EmoscaleError
 from emoscale.distributed import World
@@ -100,3 +101,19 @@ def test_room_is_measured_by_the_newest_checkpoint(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(health.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 150 << 20}))
     with pytest.raises(EmoscaleError, match="has 150 MiB free, two checkpoints need 200"):
         check_nodes(tmp_path, {}, 0, World())
+
+
+def test_a_rank_whose_gpu_is_lost_speaks_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collectives of a GPU's ranks go through the GPU, so the others cannot be told."""
+
+    def lost(_: torch.device) -> bool:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    monkeypatch.setenv("EMOSCALE_OUTCOME", str(tmp_path / "outcome.json"))
+    monkeypatch.setattr(health.distributed, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(health.distributed, "gather_names", lambda _: pytest.fail("no collective ends"))
+    monkeypatch.setattr(health, "_computes", lost)
+    with pytest.raises(NodeError, match=r"node7 is not fit: cuda:0 fails: CUDA error: .*--exclude=node7"):
+        check_nodes(tmp_path / "run", {}, 2, World(1, 2))
+    assert json.loads((tmp_path / "outcome.json").read_text())["unfit"] == ["node7"]
