@@ -292,5 +292,5 @@ class Expert(TypedDict):
     __pydantic_config__ = MORE  # type: ignore[misc]  # pydantic reads it
     format: int
     classes: list[str]
-    side: Annotated[int, Field(ge=1, le=1024)]
-    width: Annotated[int, Field(ge=1, le=1024)]
+    side: Annotated[int, Field(ge=16, le=1024)]
+    width: Annotated[int, Field(ge=4, le=1024)]

@@ -198,10 +198,12 @@ class Features:
         """Read a manifest's `visual` or `acoustic` section; `max_frames` 0 = as prepared.
 
         Raises:
-            DataError: the constants are not one finite number per feature.
+            DataError: the constants are not one finite number per feature, or what is kept raw has frames of nothing.
         """
         if section.get("raw"):
             none = np.zeros(0, np.float32)
+            if not section["width"]:
+                raise DataError(f"manifest.json: raw {section['raw']} of frames of 0 numbers; prepare the corpus again")
             return RAW_FRAMES[section["raw"]](int(section["width"]), max_frames or int(section["max_frames"]), none, none)
         width, mean, std = int(section["width"]), *(np.asarray(section.get(name, []), np.float32) for name in ("mean", "std"))
         if mean.shape != (width,) or std.shape != (width,) or not np.isfinite([mean, std]).all():

@@ -200,3 +200,9 @@ def test_another_width_is_named(shape: tuple[int, ...]) -> None:
 def test_constants_that_do_not_fit_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="must be 2 finite numbers each"):
         Features.from_manifest(manifest(**changes))
+
+
+@pytest.mark.parametrize("raw", ["audio", "faces"])
+def test_raw_frames_of_nothing_are_refused(raw: str) -> None:
+    with pytest.raises(DataError, match="frames of 0 numbers; prepare the corpus again"):
+        Features.from_manifest({"raw": raw, "width": 0, "max_frames": 8})
