@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig
 
+from emoscale.config import load
 from emoscale.data.pairs import Pair, PairBatch, pack_pairs
 from emoscale.kernels import info_nce
 from emoscale.models.bi_encoder import BiEncoder, in_pairs, pooled
+from emoscale.training.run import RunConfig
 from tests.pairs import PATCHES, SIDE, bi_encoder
 
 WIDTH = 3 * SIDE * SIDE
@@ -134,3 +141,44 @@ def test_a_rank_without_pairs_touches_everything() -> None:
     (found.text.sum() + found.picture.sum()).backward()
     assert not [name for name, value in model.named_parameters() if value.grad is None]
     assert not any(value.grad.any() for value in model.parameters())
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile have held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.now -= size
+
+
+@pytest.mark.slow
+def test_chunks_hold_a_part_of_what_all_pairs_do_at_once() -> None:
+    """512 pairs through the encoders of configs/pretrain/bi-encoder-demo.yaml, forward and backward."""
+    chosen = load(RunConfig, Path(__file__).resolve().parents[2] / "configs/pretrain/bi-encoder-demo.yaml", []).model.encoders
+    text, picture = (AutoConfig.for_model(tower.type, **tower.options).to_dict() for tower in (chosen.text, chosen.visual))
+    side = chosen.visual.options["image_size"]
+    draw, most = np.random.default_rng(0), {}
+    pairs = [Pair(f"{n:03d}", draw.integers(5, 90, int(draw.integers(8, 40))), draw.integers(0, 256, 3 * side**2).astype(np.uint8)) for n in range(512)]
+    model = BiEncoder(text=text, picture=picture, mean=[0.5] * 3, std=[0.5] * 3, width=128, picture_pooling="pooler")
+    for chunks in (1, 4, 16):
+        with Held() as held:
+            gradients(model, pack_pairs(pairs, chunks=chunks, width=3 * side**2, patches=1))
+        most[chunks] = held.most / 2**20
+    print("\n" + ", ".join(f"{chunks} chunks: {size:.0f} MiB" for chunks, size in most.items()))
+    assert most[4] < most[1] / 2
+    assert most[16] < most[1] / 5
