@@ -118,10 +118,11 @@ def _text(path: Path) -> str:
 def refuse_kernels(config: Mapping[str, Any], where: str | Path) -> None:
     """Raise DataError where the configuration of a model would have `transformers` fetch and run code for its attention (`owner/repository`)."""
     for name, value in config.items():
-        if isinstance(value, Mapping):  # a model of a model
-            refuse_kernels(value, where)
-        elif name in ATTENTION and "/" in str(value or ""):
+        if name in ATTENTION and "/" in str(value or ""):  # also within the dictionary that names one for each part of a model
             raise DataError(f"{where}: {name} is {value!r}, code that would be fetched and run; remove this key")
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, Mapping):  # a model of a model
+                refuse_kernels(part, where)
 
 
 def read_arrays(path: str | Path, names: Collection[str] = ()) -> np.ndarray | dict[str, np.ndarray]:

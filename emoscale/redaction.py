@@ -20,7 +20,7 @@ _USER = re.compile(rf"({_SCHEME})(?:[^/\s@'\"]{{1,500}}|[^/\s@:'\"]{{1,200}}:(?!
 _QUERY = re.compile(rf"({_SCHEME}[^\s?'\"]{{0,500}}\?)(?=[^\s'\"=]{{0,200}}=)[^\s'\"]*")
 _NAMED = re.compile(
     r"(?i)((?:secret|passw(?:or)?d|session_token|api_?key|access_?key|credential|authorization)\w{0,40}['\"]?\s*[=:]\s*)"
-    r"(['\"])?(?(2)[^'\"]{1,500}|(?:(?:bearer|basic)\s+)?[^\s'\",;&}]+)"
+    r"(['\"])?(?(2)[^'\"]+|(?:(?:bearer|basic)\s+)?[^\s'\",;&}]+)"
 )
 _KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
 

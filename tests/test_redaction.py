@@ -24,6 +24,7 @@ from emoscale.redaction import HIDDEN, holds_credentials, redact
         ("s3://ann:hun/ter22@bucket", "s3://***@bucket"),
         ("Authorization: Bearer abc.def", "Authorization: ***"),
         ('{"password": "hunter 22"}', '{"password": "***"}'),
+        ('{"aws_session_token": "' + 900 * "x" + '"}', '{"aws_session_token": "***"}'),
     ],
 )
 def test_credentials_are_taken_out(text: str, shown: str) -> None:

@@ -189,7 +189,10 @@ def test_a_tokenizer_with_code_of_its_own_runs_none(tmp_path: Path, monkeypatch:
 def test_a_checkpoint_cannot_choose_code_for_attention() -> None:
     """The code would be fetched at the moment the model is made; a made configuration no longer tells."""
     for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
-        for config in ({key: "somebody/kernels"}, {"vision_config": {key: "somebody/kernels"}}):
+        for config in (
+            {key: "somebody/kernels"}, {key: {"": "somebody/kernels"}}, {"vision_config": {key: "somebody/kernels"}},
+            {"vision_config": {key: {"": "somebody/kernels"}}}, {"parts": [{key: "somebody/kernels"}]},
+        ):  # fmt: skip
             with pytest.raises(DataError, match="code that would be fetched and run"):
                 read_config({"model_type": "clip"} | config)
             if config.keys() == {"attn_implementation"}:  # transformers takes this one from its caller alone

@@ -12,7 +12,7 @@ from emoscale.config import ConfigError, EmoscaleError, load
 from emoscale.files import write_result
 from emoscale.records import read_json
 from emoscale.training.bench_data import bench_data
-from emoscale.training.bench_prepare import bench_prepare
+from emoscale.training.bench_prepare import PrepareBenchConfig, about, bench_prepare
 from emoscale.training.bench_step import COMPILED, bench_step
 
 log = logging.getLogger("emoscale")
@@ -72,18 +72,22 @@ def bench_check(overrides: list[str]) -> dict[str, Any]:
     """Run the benchmarks again as they were committed, and compare every ratio; write and give the verdicts.
 
     Raises:
-        ConfigError: there is nothing to compare with.
+        ConfigError: there is nothing to compare with, or `prepare` would do something else than was measured.
         EmoscaleError: a ratio has fallen.
     """
     config = load(CheckConfig, None, overrides)
     verdicts: list[Verdict] = []
     not_run: dict[str, str] = {}
+    known: dict[str, dict[str, Any]] = {}
     for kind in config.benches:
         path, reason = _committed(config, kind)
         if path is None:
             not_run[kind] = reason
-            continue
-        before = read_json(path, dict[str, Any], "restore it from the repository")
+        else:
+            known[kind] = read_json(path, dict[str, Any], "restore it from the repository")
+    if "prepare" in known:
+        _require_same(known["prepare"], config)
+    for kind, before in known.items():
         verdicts += attempted(kind, ratios_of(kind, before), lambda kind=kind, before=before: _again(kind, before, config), config.attempts)
     if not verdicts:
         raise ConfigError("benches: nothing was compared; " + "; ".join(f"{kind}: {reason}" for kind, reason in not_run.items()))
@@ -143,13 +147,21 @@ def _again(kind: str, before: dict[str, Any], config: CheckConfig) -> dict[str, 
     if kind == "data":
         same = ("utterances", "batch", "threads", "repeats")
         return bench_data([*(f"{name}={before[name]}" for name in same), output])
-    found = bench_prepare([f"source={config.source}", *config.prepare, output])
-    other = [f"{name} is {found.get(name)!r}, committed {before.get(name)!r}" for name in WORKLOAD if found.get(name) != before.get(name)]
+    return bench_prepare([*_prepare_words(config), output])
+
+
+def _prepare_words(config: CheckConfig) -> list[str]:
+    return [f"source={config.source}", *config.prepare]
+
+
+def _require_same(before: dict[str, Any], config: CheckConfig) -> None:
+    """Raise where `prepare` would not do what was measured before."""
+    mine = about(load(PrepareBenchConfig, None, _prepare_words(config)))
+    other = [f"{name} is {mine[name]!r}, committed {before.get(name)!r}" for name in WORKLOAD if mine[name] != before.get(name)]
     if other:
         raise ConfigError(
             f"prepare: another workload is not compared: {'; '.join(other)}; name what it was, such as 'prepare=[preprocess.faces.detector=yunet]'"
         )
-    return found
 
 
 def told(result: dict[str, Any]) -> str:

@@ -67,14 +67,13 @@ def bench_prepare(overrides: list[str]) -> dict[str, Any]:
     with TemporaryDirectory(prefix="emoscale-bench-") as aside:
         clips, media_s = repeat(find(Path(config.source)), Path(aside) / "media", config.minutes * 60, whole=config.whole)
         runs = {count: _run(config, Path(aside), count) for count in config.processes}
-    result = _about(config) | {"clips": clips, "media_s": media_s}
+    result = about(config) | {"clips": clips, "media_s": media_s}
     for count, done in runs.items():
         result |= _rates(done, count, media_s)
     first, *others = config.processes
     for count in others:
         result[f"{count}/speed_up"] = result[f"{count}/media_per_s"] / result[f"{first}/media_per_s"]
-    folder = Path(config.output)
-    write_result(folder / "prepare.json", result)
+    write_result(Path(config.output) / "prepare.json", result)
     return result
 
 
@@ -145,9 +144,9 @@ def _rates(done: dict[str, Any], processes: int, media_s: float) -> dict[str, An
     return {f"{processes}/{name}": value for name, value in figures.items()}
 
 
-def _about(config: PrepareBenchConfig) -> dict[str, Any]:
+def about(config: PrepareBenchConfig) -> dict[str, Any]:
     """Name what was measured, with what, and where."""
-    about = Extractor(config.preprocess, Path(config.teacher) if config.teacher else None).describe()
+    described = Extractor(config.preprocess, Path(config.teacher) if config.teacher else None).describe()
     return {
         "time": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "machine": f"{_cpu()}, {os.cpu_count()} CPUs, {platform.platform()}",
@@ -156,7 +155,7 @@ def _about(config: PrepareBenchConfig) -> dict[str, Any]:
         "detector": config.preprocess.faces.detector,
         "detector_sha256": make_detector(config.preprocess.faces).revision,
         "faces": f"{config.preprocess.faces.fps:g} frames/s, detected in every {config.preprocess.faces.detect_every}th",
-        **{f"{name}_encoder": f"{about[name]['encoder']['name']} ({about[name]['encoder']['revision']})" for name in ("acoustic", "visual")},
+        **{f"{name}_encoder": f"{described[name]['encoder']['name']} ({described[name]['encoder']['revision']})" for name in ("acoustic", "visual")},
         "teacher": bool(config.teacher),
         "threads_per_process": 1,
     }

@@ -32,6 +32,8 @@ LEAST_FREE = 32 << 20
 MAX_SKEW = 10.0
 """Seconds between a rank's clock and the median of all; object storage refuses requests from a few minutes on."""
 PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming")
+EVERYWHERE = ("no kernel image", "driver")
+"""What CUDA says where PyTorch was built for other GPUs or another driver than these nodes have."""
 SIDE = 128
 """Rows of the matrix product; its values are small integers, so the result is exact in every number format."""
 WIDTH = 256
@@ -77,7 +79,7 @@ def check_nodes(folder: Path, config: dict[str, Any], workers: int, world: distr
         world: this rank's place.
 
     Raises:
-        NodeError: some nodes, not all, are unfit; on every rank, with the same text.
+        NodeError: some nodes, not all, are unfit; on every rank, with the same text, but for a rank whose GPU is lost: it speaks alone.
         EmoscaleError: what all nodes share is unfit, or all nodes are.
     """
     _refuse_lost_gpu(folder)
@@ -99,7 +101,10 @@ def _refuse_lost_gpu(folder: Path) -> None:
     try:
         _computes(device)
     except RuntimeError as error:
-        message = f"{node_name()} is not fit: {device} fails: {' '.join(str(error).split())[:200]}"
+        said = f"{device} fails: {' '.join(str(error).split())[:200]}"
+        if isinstance(error, torch.OutOfMemoryError) or any(word in said for word in EVERYWHERE):
+            raise EmoscaleError(f"{node_name()}: {said}; other nodes would not help: look at what else runs there, and at `emoscale doctor`") from error
+        message = f"{node_name()} is not fit: {said}"
         tell(finished=False, reason=message, unfit=[node_name()], output=str(folder.resolve()))
         raise NodeError(f"{message}; leave it out (sbatch --exclude={node_name()}) or mend it") from error
 

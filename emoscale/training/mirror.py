@@ -49,7 +49,7 @@ class Mirror:
         """Held while a checkpoint is chosen for upload, and by who removes superseded ones."""
         self.uploading: set[str] = set()
         self.longest_s = 0.0
-        """Seconds that bringing the storage up to date has taken, the longest so far."""
+        """Seconds that the upload of a checkpoint has taken, the longest so far."""
         self._thread = ThreadPoolExecutor(1, "upload")
         self._waiting: Future[None] | None = None
 
@@ -73,7 +73,6 @@ class Mirror:
 
         What lies there behind the newest step was damaged and passed over; it is written again when the run gets there.
         """
-        start = time.perf_counter()
         try:
             for name in COMPANIONS:
                 if (self.run / name).is_file():
@@ -88,8 +87,6 @@ class Mirror:
             log.warning("upload failed, and is tried again with the next checkpoint: %s", error)
         except Exception:  # in a thread nobody looks at
             log.exception("upload failed, and is tried again with the next checkpoint")
-        finally:
-            self.longest_s = max(self.longest_s, time.perf_counter() - start)
 
     def _upload(self, folder: Path) -> set[str]:
         """Store one checkpoint; give its name, nothing where it is damaged or gone."""
@@ -100,7 +97,9 @@ class Mirror:
             names = sorted(checkpoint.verify(folder))
             for name in [*names, MANIFEST]:
                 _patiently(lambda name=name: self.storage.put(folder / name, f"{folder.name}/{name}"))
-            log.info("%s uploaded to %s in %.1f s", folder.name, self.storage.url, time.perf_counter() - start)
+            took = time.perf_counter() - start
+            self.longest_s = max(self.longest_s, took)
+            log.info("%s uploaded to %s in %.1f s", folder.name, self.storage.url, took)
         except DataError as error:
             log.debug("not uploaded: %s", error)
             return set()

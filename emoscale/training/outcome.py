@@ -18,5 +18,5 @@ def tell(**told: Any) -> None:
         return
     path = Path(name)
     aside = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.{os.getpid()}")
-    aside.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+    aside.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8", errors="surrogateescape")  # a path's own bytes, for a shell to read
     os.replace(aside, path)

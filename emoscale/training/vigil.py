@@ -13,7 +13,7 @@ from pathlib import Path
 from emoscale import distributed
 from emoscale.training.deadline import VARIABLE, Deadline, job_end
 from emoscale.training.signals import Preemption
-from emoscale.training.watchdog import Watchdog, patience
+from emoscale.training.watchdog import LAST, Watchdog, patience
 
 log = logging.getLogger("emoscale")
 
@@ -35,8 +35,8 @@ class Vigil:
             log.warning("%s: the job ended at %s, so this is not about this run: it is not looked at", VARIABLE, time.ctime(end))
             end = None
         self.preemption = Preemption(signal)
-        # One rank's clock decides for all, and the reason stands in its words.
-        self.deadline = Deadline(end if world.is_main else None, margin)
+        # One rank's clock decides for all, and the reason stands in its words. What is kept for the save ends where the watchdog's patience does.
+        self.deadline = Deadline((end - (LAST if hang_s > 0 else 0.0)) if end is not None and world.is_main else None, margin)
         self.watchdog = Watchdog(folder, world, hang_s, end)
         self.patience: timedelta = patience(hang_s)
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from emoscale.config import ConfigError, EmoscaleError
+from emoscale.config import ConfigError, EmoscaleError, load
 from emoscale.training import bench_check as check
 from emoscale.training.bench_check import FALL, Verdict, attempted, bench_check, ratios_of, told
+from emoscale.training.bench_prepare import PrepareBenchConfig, about
 from emoscale.training.bench_step import COMPILED
 
 
@@ -112,6 +113,15 @@ def test_clips_are_needed_for_prepare(committed: Path, again: dict[str, list[Any
     (committed / "2026-01-02-prepare.json").write_text(json.dumps({"2/speed_up": 1.9}))
     again["step"], again["data"] = [step()], [data()]
     assert bench_check(words(committed))["not_run"] == {"prepare": "needs clips; name them (source=FOLDER)"}
+
+
+def test_another_workload_is_refused_before_anything_runs(committed: Path, again: dict[str, list[Any]], tmp_path: Path) -> None:
+    own = about(load(PrepareBenchConfig, None, ["source=clips"]))
+    for wrong in ("detector", "visual_encoder"):
+        (committed / "2026-01-02-prepare.json").write_text(json.dumps(own | {"2/speed_up": 1.9, wrong: "other"}))
+        with pytest.raises(ConfigError, match=f"another workload is not compared: {wrong} is '"):
+            bench_check(words(committed, f"source={tmp_path}"))
+    assert again["asked"] == []
 
 
 def test_nothing_to_compare_with_is_no_success(tmp_path: Path) -> None:

@@ -109,6 +109,9 @@ def test_a_rank_whose_gpu_is_lost_speaks_for_itself(tmp_path: Path, monkeypatch:
     def lost(_: torch.device) -> bool:
         raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
 
+    def other() -> bool:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
     monkeypatch.setenv("EMOSCALE_OUTCOME", str(tmp_path / "outcome.json"))
     monkeypatch.setattr(health.distributed, "device", lambda: torch.device("cuda", 0))
@@ -117,3 +120,7 @@ def test_a_rank_whose_gpu_is_lost_speaks_for_itself(tmp_path: Path, monkeypatch:
     with pytest.raises(NodeError, match=r"node7 is not fit: cuda:0 fails: CUDA error: .*--exclude=node7"):
         check_nodes(tmp_path / "run", {}, 2, World(1, 2))
     assert json.loads((tmp_path / "outcome.json").read_text())["unfit"] == ["node7"]
+    monkeypatch.setattr(health, "_computes", lambda _: other())
+    with pytest.raises(EmoscaleError, match=r"no kernel image .*other nodes would not help") as caught:
+        check_nodes(tmp_path / "run", {}, 2, World(1, 2))
+    assert caught.value.status == 1
