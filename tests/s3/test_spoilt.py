@@ -43,8 +43,8 @@ def wanted(corpus: Path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A silent server counts as failed after three seconds, not after thirty; the pauses are short."""
-    monkeypatch.setattr(storage, "READ_S", 3.0)
+    """A silent server counts as failed after two seconds, not after thirty; the pauses are short."""
+    monkeypatch.setattr(storage, "READ_S", 2.0)
     monkeypatch.setattr(remote, "PATIENCE_S", 0.05)
 
 
