@@ -89,20 +89,18 @@ def _run_findings(folder: Path) -> list[Finding]:
     from emoscale.training import checkpoint
 
     findings, taken = [], ""
-    for path in checkpoint.list_steps(folder):
-        try:
-            checkpoint.verify(path)
-        except DataError as error:
+    for path, error in checkpoint.judged(folder):
+        if error is not None:
             findings.append(Finding(path.name, False, str(error), "a resume passes it over", needed=True))
             continue
         taken = taken or path.name
         findings.append(Finding(path.name, True, "whole: every file matches its hash", needed=True))
-    lost, remedy = bool(findings) and not taken, "start anew in another run.output, or repair one"
+    lost = bool(findings) and not taken
     findings += [
         Finding(path.name, True, "a write that never ended: no harm, the next save clears it") for path in sorted(folder.glob(f".{checkpoint.PREFIX}*"))
     ]
     detail = "none is whole" if lost else f"goes on from {taken}" if taken else "no checkpoint yet: begins anew"
-    return [*findings, Finding("resume", not lost, detail, remedy, needed=True)]
+    return [*findings, Finding("resume", not lost, detail, checkpoint.ANEW, needed=True)]
 
 
 def _file_finding(folder: Path, name: str, sha256: str) -> Finding:

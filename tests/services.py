@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+from contextlib import ExitStack
 
 import pytest
 
@@ -27,3 +29,12 @@ def missing(name: str) -> str:
 def is_required(name: str) -> bool:
     """Whether the environment insists on a service."""
     return name in os.environ.get("EMOSCALE_REQUIRE", "").replace(" ", "").split(",")
+
+
+def free_ports(count: int) -> list[int]:
+    """Give different ports of the loopback that nobody listens on: all are held until the last is known."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]

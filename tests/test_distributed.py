@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from emoscale import distributed
 from emoscale.config import ConfigError
 from emoscale.distributed import World, world_from
+from tests.services import free_ports
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {
@@ -115,9 +115,7 @@ def test_alone_the_group_has_one_member_and_libraries_are_told(monkeypatch: pyte
 
 
 def test_two_ranks_sum_and_compare_exactly() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_ports(1)[0])
     context = multiprocessing.get_context("fork")
     answers: Any = context.Queue()
     ranks = [context.Process(target=_rank, args=(rank, port, answers)) for rank in (0, 1)]

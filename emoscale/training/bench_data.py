@@ -27,9 +27,9 @@ from emoscale.objectives import OBJECTIVES
 from emoscale.training.data_peers import PEERS, stored_bytes, write_corpus, write_peers
 from emoscale.training.environment import environment
 from emoscale.training.step_clock import threads
+from emoscale.training.step_model import MIX
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench" / "data.yaml"
-MIX = {"masked_text": 2.0, "masked_acoustic": 1.0, "masked_visual": 1.0, "visual_emotion": 1.0}
 WANTED = {"streaming": 0.7, "webdataset": 1.0}
 """Least rate of the loader, as a multiple of each peer's."""
 WANTED_COLLATE = 0.3

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ LATEST = "latest"
 MANIFEST = "manifest.json"
 NEEDED = {"state.json", "weights.safetensors", "moments.safetensors"}
 OLDER = "take an older checkpoint"
+ANEW = "start anew in another run.output, or repair one"
 
 
 @dataclass
@@ -179,22 +180,31 @@ def read_manifest(folder: Path) -> dict[str, str]:
     return hashes
 
 
+def judged(folder: Path) -> Iterator[tuple[Path, DataError | None]]:
+    """Give the checkpoints of a folder, the newest first, each with what is wrong with it; one is read when it is asked for."""
+    for candidate in list_steps(folder):
+        try:
+            verify(candidate)
+        except DataError as error:
+            yield candidate, error
+        else:
+            yield candidate, None
+
+
 def find_latest(folder: Path) -> Path | None:
     """Give the newest checkpoint that verifies, None where there is none; a damaged one is passed over with a warning on the log.
 
     Raises:
         DataError: there are checkpoints, and all are damaged.
     """
-    candidates = list_steps(folder)
-    for candidate in candidates:
-        try:
-            verify(candidate)
-        except DataError as error:
-            log.warning("checkpoint passed over: %s", error)
-            continue
-        return candidate
-    if candidates:
-        raise DataError(f"{folder}: none of {len(candidates)} checkpoints is whole; start anew in another run.output, or repair one")
+    damaged = 0
+    for candidate, error in judged(folder):
+        if error is None:
+            return candidate
+        log.warning("checkpoint passed over: %s", error)
+        damaged += 1
+    if damaged:
+        raise DataError(f"{folder}: none of {damaged} checkpoints is whole; {ANEW}")
     return None
 
 

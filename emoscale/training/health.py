@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -82,31 +82,14 @@ def check_nodes(folder: Path, config: dict[str, Any], workers: int, world: distr
         NodeError: some nodes, not all, are unfit; on every rank, with the same text, but for a rank whose GPU is lost: it speaks alone.
         EmoscaleError: what all nodes share is unfit, or all nodes are.
     """
-    _refuse_lost_gpu(folder)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    facts = Facts(world.rank, node_name(), 0.0, _software(), digest, _local_complaints(workers * world.local_size), _folder_complaints(folder))
+    facts = Facts(world.rank, node_name(), 0.0, _software(), digest, _local_complaints(folder, workers * world.local_size), _folder_complaints(folder))
     sums = _sums(world)
     distributed.barrier()
     facts.clock = time.time()
     everyone = [Facts(**json.loads(text)) for text in distributed.gather_names([json.dumps(asdict(facts))])]
     _blame(everyone, [json.loads(text) for text in distributed.gather_names([json.dumps(sums)])])
     judge(everyone, folder, world)
-
-
-def _refuse_lost_gpu(folder: Path) -> None:
-    """Raise NodeError on this rank alone where its GPU is lost: ranks talk through their GPUs, so it can tell no other; the launcher ends those."""
-    device = distributed.device()
-    if device.type != "cuda":
-        return
-    try:
-        _computes(device)
-    except RuntimeError as error:
-        said = f"{device} fails: {' '.join(str(error).split())[:200]}"
-        if isinstance(error, torch.OutOfMemoryError) or any(word in said for word in EVERYWHERE):
-            raise EmoscaleError(f"{node_name()}: {said}; other nodes would not help: look at what else runs there, and at `emoscale doctor`") from error
-        message = f"{node_name()} is not fit: {said}"
-        tell(finished=False, reason=message, unfit=[node_name()], output=str(folder.resolve()))
-        raise NodeError(f"{message}; leave it out (sbatch --exclude={node_name()}) or mend it") from error
 
 
 def judge(everyone: list[Facts], folder: Path, world: distributed.World) -> None:
@@ -158,16 +141,23 @@ def _first(lines: list[str], shown: int = 4) -> str:
     return "; ".join(lines[:shown]) + (f"; and {len(lines) - shown} more" if len(lines) > shown else "")
 
 
-def _local_complaints(workers: int) -> list[str]:
-    """Look at this node's device and shared memory; `workers` of all its ranks."""
-    complaints = []
+def _local_complaints(folder: Path, workers: int) -> list[str]:
+    """Look at this node's device and shared memory; `workers` of all its ranks, `folder` of the run.
+
+    Raises:
+        NodeError, EmoscaleError: see `_speak_alone`.
+    """
+    complaints, device = [], distributed.device()
     try:
-        right = _computes(distributed.device())
+        right = _computes(device)
     except RuntimeError as error:  # what CUDA raises where a device is lost
-        complaints.append(f"{distributed.device()} fails: {' '.join(str(error).split())[:200]}")
+        said = f"{device} fails: {' '.join(str(error).split())[:200]}"
+        if device.type == "cuda":
+            _speak_alone(folder, said, error)
+        complaints.append(said)
     else:
         if not right:
-            complaints.append(f"{distributed.device()} computes a wrong matrix product")
+            complaints.append(f"{device} computes a wrong matrix product")
     if workers and SHARED_MEMORY.is_dir():
         free, needed = shutil.disk_usage(SHARED_MEMORY).free, workers * PER_WORKER
         if free < needed:
@@ -176,6 +166,20 @@ def _local_complaints(workers: int) -> list[str]:
                 "`emoscale doctor --clean` if no run is live there, in Docker --shm-size=8g"
             )
     return complaints
+
+
+def _speak_alone(folder: Path, said: str, error: RuntimeError) -> NoReturn:
+    """Raise on this rank alone: ranks talk through their GPUs, so one whose GPU fails can tell no other, and the launcher ends those.
+
+    Raises:
+        NodeError: the GPU is lost.
+        EmoscaleError: it would be so on any node.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or any(word in said for word in EVERYWHERE):
+        raise EmoscaleError(f"{node_name()}: {said}; other nodes would not help: look at what else runs there, and at `emoscale doctor`") from error
+    message = f"{node_name()} is not fit: {said}"
+    tell(finished=False, reason=message, unfit=[node_name()], output=str(folder.resolve()))
+    raise NodeError(f"{message}; leave it out (sbatch --exclude={node_name()}) or mend it") from error
 
 
 def _computes(device: torch.device) -> bool:

@@ -19,6 +19,7 @@ from emoscale.models.task import Sizes
 from emoscale.models.unified import UnifiedTransformer
 from emoscale.records import read_json
 from emoscale.training.checkpoint import read_tensors
+from emoscale.training.export import is_model_folder
 
 HEAD = "classify"
 
@@ -95,7 +96,7 @@ def load_text_classifier(path: str, tokenizer: Any, key: str) -> TextClassifier:
         DataError: its tokenizer numbers other words.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+    if not is_model_folder(folder):
         raise ConfigError(f"{key}: {path} is no model folder; `emoscale finetune` writes them to <output>/models/<arm>")
     config: Any = read_json(folder / "config.json", Model, "fine-tune it again")
     name = config.get("head", {}).get("name")

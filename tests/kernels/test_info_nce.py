@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from emoscale.kernels.info_nce import OP, bench, blockwise
 from tests.kernels import contrast
 from tests.kernels.conftest import forms
 from tests.kernels.contrast import apart, missing, pairs, run
+from tests.services import free_ports
 
 IMPLS = forms(OP)
 SHAPES = [(1, 1), (1, 7), (3, 7), (2, 63)]
@@ -275,9 +275,7 @@ def test_triton_refuses_what_it_cannot_accumulate() -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_give_what_one_gives(world: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-m", contrast.__name__, str(world), str(port)], cwd=root, text=True, capture_output=True, timeout=150,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -11,6 +10,8 @@ import urllib.request
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.services import free_ports
 
 KEY, SECRET = "emoscale", "not-a-secret"
 SETTINGS = """[global]
@@ -83,8 +84,9 @@ def start(folder: Path) -> Server:
     """Bring a server up in an empty folder, with one user."""
     for name in ("mon", "osd", "rgw"):
         (folder / name).mkdir(parents=True)
-    server, config, monmap = Server(_free_port()), folder / "ceph.conf", str(folder / "monmap")
-    fsid, mon, old = str(uuid.uuid4()), _free_port(), _free_port()
+    port, mon, old = free_ports(3)
+    server, config, monmap = Server(port), folder / "ceph.conf", str(folder / "monmap")
+    fsid = str(uuid.uuid4())
     config.write_text(SETTINGS.format(fsid=fsid, mon=mon, old=old, port=server.port, folder=folder))
     given = ["-c", str(config)]
 
@@ -138,9 +140,3 @@ def _until_it_answers(server: Server, folder: Path, seconds: float = 180) -> Non
             return
     logs = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in folder.glob("*.out"))
     raise AssertionError(f"the S3 server did not answer in {seconds} s\n{logs}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.services import free_ports
+
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ("emo1", "emo2", "emo3")
 CPUS = 4
@@ -228,7 +230,7 @@ def start(folder: Path) -> Cluster:
 
 
 def _configure(folder: Path) -> None:
-    port, *others = _free_ports(1 + len(NODES))
+    port, *others = free_ports(1 + len(NODES))
     lines = SETTINGS.format(host=socket.gethostname().split(".")[0], port=port, user=getpass.getuser(), folder=folder, node_timeout=NODE_TIMEOUT).splitlines()
     host = socket.gethostname().split(".")[0]
     lines += [
@@ -265,16 +267,6 @@ def _children(pid: int) -> list[int]:
 
 def _may_mount() -> bool:
     return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _until(ready, folder: Path, seconds: float = 120) -> None:

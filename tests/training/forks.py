@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.services import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTS = (
@@ -104,7 +105,7 @@ class Forks:
         """Run `package.module:function(*args)` on `world` ranks; the arguments go as JSON."""
         self.started += 1
         logs = [self.folder / f"{self.started:03d}_{target.split(':')[1]}_{rank}.log" for rank in range(world)]
-        answer = self.ask({"start": target, "args": args, "world": world, "port": free_port(), "logs": [str(log) for log in logs]})
+        answer = self.ask({"start": target, "args": args, "world": world, "port": free_ports(1)[0], "logs": [str(log) for log in logs]})
         return Ranks(self, answer["pids"], logs)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -123,13 +124,6 @@ class Forks:
         self.process.stdin.close()
         self.process.wait(30)
         self.log.close()
-
-
-def free_port() -> int:
-    """Give a port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def serve() -> None:
