@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <vector>
 
 #include "../philox.h"
@@ -36,7 +35,7 @@ Spans spans_of(int64_t length, uint64_t key, uint64_t seed, const Rule& rule) {
   const double drawn = rule.up >= 0 ? rule.up
                                     : philox({{0, static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), 1}}, seed)[0] / kWords;
   const double wanted = static_cast<double>(length) * rule.ratio / static_cast<double>(rule.span) + drawn;
-  return {std::min(std::max<int64_t>(static_cast<int64_t>(std::floor(wanted)), 1), length / size), size};
+  return {std::min(std::max<int64_t>(static_cast<int64_t>(wanted), 1), length / size), size};
 }
 
 struct Scratch {
@@ -45,20 +44,17 @@ struct Scratch {
   std::vector<uint64_t> chosen;  // one bit per slot
 };
 
-// Chooses the `count` slots of the smallest words, of equal words the earlier slot, by taking the smallest `count` times: no
-// branch depends on a word, which is worth more than the fewer comparisons of a heap. Says no where a real word is the one
-// that stands for a slot already taken.
+// Chooses the `count` slots of the smallest words by taking the smallest `count` times: no branch depends on a word, which is
+// worth more than the fewer comparisons of a heap. Says no where words were equal, so that more slots were taken: the earlier
+// one counts, and a real word may be the one that stands for no slot.
 bool choose_few(int64_t slots, int64_t count, Scratch& scratch) {
   uint32_t* words = scratch.words.data();
   const int64_t padded = (slots + kLanes - 1) / kLanes * kLanes;
   std::fill(words + slots, words + padded, UINT32_MAX);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t slot = smallest(words, padded);
-    if (words[slot] == UINT32_MAX) return false;
-    words[slot] = UINT32_MAX;
-    scratch.chosen[slot / 64] |= uint64_t{1} << (slot % 64);
-  }
-  return true;
+  take_smallest(words, padded, count, scratch.chosen.data());
+  int64_t taken = 0;
+  for (const uint64_t bits : scratch.chosen) taken += std::popcount(bits);
+  return taken == count;
 }
 
 void choose_many(int64_t slots, int64_t count, Scratch& scratch) {

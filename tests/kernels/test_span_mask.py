@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
+import subprocess
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +64,16 @@ def test_equal_words_go_to_the_earlier_slot(impl: str) -> None:
     mask = span_mask(torch.tensor([length]), keys=torch.tensor([key]), seed=0, span=1, ratio=count / length, impl=impl)
     assert int(mask.sum()) == count
     assert (bool(mask[1332]), bool(mask[1904])) == (True, False)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("key", [423350, 4211272], ids=["both masked", "the earlier masked"])
+def test_equal_words_among_few_spans(impl: str, key: int) -> None:
+    length, count, span = 2000, 20, 30
+    words = sorted(philox(slot, key, 0, 0, 0)[0] for slot in range(length - count * (span - 1)))[: count + 1]
+    assert len(set(words)) == count
+    mask = span_mask(torch.tensor([length]), keys=torch.tensor([key]), seed=0, span=span, ratio=0.3, impl=impl)
+    assert mask.tolist() == transcription(length, count, span, key, 0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -279,6 +292,16 @@ def test_the_benchmark_runs_on_what_is_right(shape: tuple[int, int]) -> None:
         bench.check(inputs, {"wrong": lambda: ~bench.ours(inputs, "reference")()})
     with pytest.raises(ValueError, match="the flags of outside are wrong; not timed"):
         bench.check(inputs, {"outside": lambda: torch.ones(shape, dtype=torch.bool)})
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or not Path("/proc/cpuinfo").exists(), reason="needs g++ and /proc/cpuinfo")
+def test_every_cpu_draws_and_takes_the_same_words(tmp_path: Path) -> None:
+    source, program = Path(__file__).parent / "words.cpp", tmp_path / "words"
+    csrc = Path(__file__).parents[2] / "csrc"
+    subprocess.run(["g++", "-O1", "-std=c++20", f"-I{csrc}", str(source), "-o", str(program)], check=True)
+    forms = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.split()
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()  # ARM's has neither name
+    assert forms == ["scalar", *(form for form, flag in (("avx2", "avx2"), ("avx512", "avx512f")) if flag in flags)]
 
 
 @pytest.mark.skipif("native" not in IMPLS, reason=str(OP.explain(torch.empty(0))["native"]))
