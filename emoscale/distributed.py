@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from emoscale.config import ConfigError, EmoscaleError
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=10)
 GONE = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out", "timeout", "No route to host", "unreachable")
@@ -23,6 +25,23 @@ class LostRankError(EmoscaleError):
     """Another rank, or the network to it, went away in the middle of a collective; started again, the run would go on."""
 
     status = 77
+
+
+class NodeError(EmoscaleError):
+    """Nodes are not fit to train on; on others the run would go on.
+
+    Args:
+        message: what is wrong, where.
+        nodes: names, as SLURM knows them.
+        alone: this rank could tell no other.
+    """
+
+    status = 76
+
+    def __init__(self, message: str, nodes: Sequence[str], *, alone: bool = False) -> None:
+        them = "it" if len(nodes) == 1 else "them"
+        super().__init__(f"{message}; leave {them} out (sbatch --exclude={','.join(nodes)}) or mend {them}")
+        self.reason, self.nodes, self.alone = message, list(nodes), alone
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,11 @@ def _slurm_local_size(environment: Mapping[str, str]) -> int:
     return counts[node]
 
 
+def node_name() -> str:
+    """Give this node's name as SLURM knows it, else as the network does."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def init(timeout: timedelta = TIMEOUT) -> World:
     """Fill every launcher variable that libraries read, and join the process group (also alone: one code path).
 
@@ -98,9 +122,13 @@ def init(timeout: timedelta = TIMEOUT) -> World:
 
     `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE` are all set before any dataset or engine exists, because streaming
     reads only these four, and DeepSpeed imports mpi4py where one is missing.
+
+    Raises:
+        NodeError: some ranks see a GPU and others none, which would wait for each other; on every rank, with the same text.
     """
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     world = world_from(os.environ)
     values = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank, "LOCAL_WORLD_SIZE": world.local_size}
@@ -112,19 +140,36 @@ def init(timeout: timedelta = TIMEOUT) -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        store = None
         if world.size == 1 and "MASTER_PORT" not in os.environ:
-            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # public in the documentation
+            store: dist.Store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # public in the documentation
             os.environ["MASTER_PORT"] = "29500"
-        dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timeout,
-            store=store,
-            init_method=None if store is not None else "env://",
-        )
+        else:
+            store, *_ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+            store.set_timeout(timeout)
+        _same_device(dist.PrefixStore("devices", store), world, cuda=cuda)
+        dist.init_process_group("nccl" if cuda else "gloo", rank=world.rank, world_size=world.size, timeout=timeout, store=dist.PrefixStore("ranks", store))
     return world
+
+
+def _same_device(store: dist.Store, world: World, *, cuda: bool) -> None:
+    """Compare what the ranks compute on, through the store: ranks of NCCL and of gloo would wait for each other until a time limit.
+
+    Raises:
+        NodeError: see `init`.
+    """
+    everyone = range(world.size)
+    store.set(f"sees/{world.rank}", f"{int(cuda)}{node_name()}")
+    if world.is_main:
+        seen = [value.decode() for value in store.multi_get([f"sees/{rank}" for rank in everyone])]
+        without = {value[1:] for value in seen if value.startswith("0")} if any(value.startswith("1") for value in seen) else set()
+        store.set("without", "\n".join(sorted(without)))
+    nodes = store.get("without").decode().split()
+    if not nodes:
+        return
+    store.set(f"heard/{world.rank}", "")
+    if world.is_main:  # the store ends with this process
+        store.wait([f"heard/{rank}" for rank in everyone])
+    raise NodeError(f"no GPU is seen on {', '.join(nodes)}, but on other nodes; `nvidia-smi` and CUDA_VISIBLE_DEVICES there say why", nodes)
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from typing import Any
 
 import pytest
@@ -95,8 +96,6 @@ def test_without_a_process_group_collectives_are_the_identity() -> None:
 
 
 def test_alone_the_group_has_one_member_and_libraries_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     import torch.distributed as dist
 
     for name in VARIABLES:
@@ -115,25 +114,58 @@ def test_alone_the_group_has_one_member_and_libraries_are_told(monkeypatch: pyte
 
 
 def test_two_ranks_sum_and_compare_exactly() -> None:
+    big = 2.0**53 - 2
+    assert _both(_rank) == dict.fromkeys((0, 1), ([big + 1, 3.0], [big, 2.0], [[0, 7], [1, 7]]))
+
+
+@pytest.mark.parametrize("seeing", [0, 1])
+def test_ranks_with_and_without_a_gpu_do_not_wait_for_each_other(seeing: int) -> None:
+    """The GPU is pretended: what the ranks would talk through next is never reached."""
+    found = _both(_seeing, seeing)
+    assert found[0] == found[1]
+    message, nodes, alone = found[0]
+    assert message == (
+        f"no GPU is seen on node{1 - seeing}, but on other nodes; `nvidia-smi` and CUDA_VISIBLE_DEVICES there say why; "
+        f"leave it out (sbatch --exclude=node{1 - seeing}) or mend it"
+    )
+    assert nodes == [f"node{1 - seeing}"]
+    assert not alone
+
+
+def _both(target: Any, *options: Any) -> dict[int, Any]:
+    """Give what each of two ranks answers."""
     port = str(free_ports(1)[0])
     context = multiprocessing.get_context("fork")
     answers: Any = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, port, answers)) for rank in (0, 1)]
+    ranks = [context.Process(target=target, args=(rank, port, answers, *options)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
     found = dict(answers.get(timeout=60) for _ in ranks)
     for rank in ranks:
         rank.join(60)
         assert rank.exitcode == 0
-    big = 2.0**53 - 2
-    assert found == dict.fromkeys((0, 1), ([big + 1, 3.0], [big, 2.0], [[0, 7], [1, 7]]))
+    return found
+
+
+def _launched(rank: int, port: str) -> None:
+    values = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in values.items()} | {"CUDA_VISIBLE_DEVICES": "", "SLURMD_NODENAME": f"node{rank}"})
+
+
+def _seeing(rank: int, port: str, answers: Any, seeing: int) -> None:
+    _launched(rank, port)
+    if rank == seeing:
+        torch.cuda.is_available = lambda: True
+        torch.cuda.device_count = lambda: 1
+        torch.cuda.set_device = lambda _: None
+    try:
+        distributed.init()
+    except distributed.NodeError as error:
+        answers.put((rank, (str(error), error.nodes, error.alone)))
 
 
 def _rank(rank: int, port: str, answers: Any) -> None:
-    import os
-
-    values = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in values.items()} | {"CUDA_VISIBLE_DEVICES": ""})
+    _launched(rank, port)
     world = distributed.init()
     mine = [1.0, 1.0] if rank else [2.0**53 - 2, 2.0]
     distributed.barrier()

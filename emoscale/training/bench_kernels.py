@@ -127,7 +127,7 @@ def _page(result: dict[str, Any], source: Path) -> str:
 
 def _machine(result: dict[str, Any]) -> Section:
     machine = result["machine"]
-    facts = {name: machine[name] for name in ("device", "cpus", "threads", "platform", "python", "commit")}
+    facts = {name: machine[name] for name in ("device", "cpu", "cpus", "threads", "platform", "python", "commit")}
     facts |= {name: version for name, version in machine["packages"].items() if name in ("torch", "triton", "numpy")}
     for name, roof in result["roofs"].items():
         facts[f"roof, {name}"] = f"{roof['bytes_per_s'] / 1e9:.1f} GB/s copied, {roof['flops_per_s'] / 1e12:.2f} TFLOP/s multiplied"

@@ -33,6 +33,7 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "packages": versions,
         "platform": platform.platform(),
+        "cpu": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -85,6 +86,17 @@ class _Redacting(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
+
+
+def _processor() -> str:
+    """Give the name, family and model of the CPU: of two families even ratios between programs differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # another system than Linux
+        return platform.processor() or platform.machine()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    named = [facts[key] if key == "model name" else f"{key} {facts[key]}" for key in ("model name", "cpu family", "model") if key in facts]
+    return " ".join(named) or platform.machine()
 
 
 def _commit() -> str | None:

@@ -1,6 +1,6 @@
 """What would fail hours later, looked at in seconds before the first step, on every rank; a node that is not fit is named on all.
 
-A launcher learns of it by the exit code `NodeError.status` and the nodes in the file that `EMOSCALE_OUTCOME` names.
+A launcher learns of it by the exit code `NodeError.status`, and of the nodes by `outcome.tell_unfit`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import statistics
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ import torch
 
 from emoscale import __version__, distributed
 from emoscale.config import EmoscaleError
-from emoscale.training.outcome import tell
+from emoscale.distributed import NodeError, node_name
 
 SHARED_MEMORY = Path("/dev/shm")
 PER_WORKER = 16 << 20
@@ -38,12 +37,6 @@ SIDE = 128
 """Rows of the matrix product; its values are small integers, so the result is exact in every number format."""
 WIDTH = 256
 """Numbers that each rank adds to the all-reduce."""
-
-
-class NodeError(EmoscaleError):
-    """A node is not fit to train on; on others the run would go on."""
-
-    status = 76
 
 
 @dataclass
@@ -64,11 +57,6 @@ class Facts:
     """What is wrong with what all nodes share: other nodes would not help."""
 
 
-def node_name() -> str:
-    """Give this node's name as SLURM knows it, else as the network does."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def check_nodes(folder: Path, config: dict[str, Any], workers: int, world: distributed.World) -> None:
     """Look at every rank's device, network, disk, memory, clock, software and configuration (collective, about a second).
 
@@ -83,16 +71,16 @@ def check_nodes(folder: Path, config: dict[str, Any], workers: int, world: distr
         EmoscaleError: what all nodes share is unfit, or all nodes are.
     """
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    facts = Facts(world.rank, node_name(), 0.0, _software(), digest, _local_complaints(folder, workers * world.local_size), _folder_complaints(folder))
+    facts = Facts(world.rank, node_name(), 0.0, _software(), digest, _local_complaints(workers * world.local_size), _folder_complaints(folder))
     sums = _sums(world)
     distributed.barrier()
     facts.clock = time.time()
     everyone = [Facts(**json.loads(text)) for text in distributed.gather_names([json.dumps(asdict(facts))])]
     _blame(everyone, [json.loads(text) for text in distributed.gather_names([json.dumps(sums)])])
-    judge(everyone, folder, world)
+    judge(everyone)
 
 
-def judge(everyone: list[Facts], folder: Path, world: distributed.World) -> None:
+def judge(everyone: list[Facts]) -> None:
     """Compare what the ranks say; see `check_nodes` for what is raised."""
     _compare(everyone)
     shared = [f"rank {each.rank} on {each.node}: {text}" for each in everyone for text in each.shared]
@@ -104,9 +92,7 @@ def judge(everyone: list[Facts], folder: Path, world: distributed.World) -> None
     message = f"{len(wrong)} of {len({each.node for each in everyone})} nodes are not fit: {_first(sorted(wrong.values()))}"
     if len(wrong) == len({each.node for each in everyone}) > 1:
         raise EmoscaleError(f"{message}; all are, so other nodes would not help")
-    if world.is_main:
-        tell(finished=False, reason=message, unfit=sorted(wrong), output=str(folder.resolve()))
-    raise NodeError(f"{message}; leave them out (sbatch --exclude={','.join(sorted(wrong))}) or mend them")
+    raise NodeError(message, sorted(wrong))
 
 
 def _compare(everyone: list[Facts]) -> None:
@@ -141,8 +127,8 @@ def _first(lines: list[str], shown: int = 4) -> str:
     return "; ".join(lines[:shown]) + (f"; and {len(lines) - shown} more" if len(lines) > shown else "")
 
 
-def _local_complaints(folder: Path, workers: int) -> list[str]:
-    """Look at this node's device and shared memory; `workers` of all its ranks, `folder` of the run.
+def _local_complaints(workers: int) -> list[str]:
+    """Look at this node's device and shared memory; `workers` of all its ranks.
 
     Raises:
         NodeError, EmoscaleError: see `_speak_alone`.
@@ -153,7 +139,7 @@ def _local_complaints(folder: Path, workers: int) -> list[str]:
     except RuntimeError as error:  # what CUDA raises where a device is lost
         said = f"{device} fails: {' '.join(str(error).split())[:200]}"
         if device.type == "cuda":
-            _speak_alone(folder, said, error)
+            _speak_alone(said, error)
         complaints.append(said)
     else:
         if not right:
@@ -168,7 +154,7 @@ def _local_complaints(folder: Path, workers: int) -> list[str]:
     return complaints
 
 
-def _speak_alone(folder: Path, said: str, error: RuntimeError) -> NoReturn:
+def _speak_alone(said: str, error: RuntimeError) -> NoReturn:
     """Raise on this rank alone: ranks talk through their GPUs, so one whose GPU fails can tell no other, and the launcher ends those.
 
     Raises:
@@ -177,9 +163,7 @@ def _speak_alone(folder: Path, said: str, error: RuntimeError) -> NoReturn:
     """
     if isinstance(error, torch.OutOfMemoryError) or any(word in said for word in EVERYWHERE):
         raise EmoscaleError(f"{node_name()}: {said}; other nodes would not help: look at what else runs there, and at `emoscale doctor`") from error
-    message = f"{node_name()} is not fit: {said}"
-    tell(finished=False, reason=message, unfit=[node_name()], output=str(folder.resolve()))
-    raise NodeError(f"{message}; leave it out (sbatch --exclude={node_name()}) or mend it") from error
+    raise NodeError(f"{node_name()} is not fit: {said}", [node_name()], alone=True) from error
 
 
 def _computes(device: torch.device) -> bool:

@@ -36,7 +36,7 @@ from emoscale.training.guards import Guards, SpikeConfig
 from emoscale.training.health import check_nodes
 from emoscale.training.loop import Hooks, Result, train
 from emoscale.training.mirror import Mirror, find_start
-from emoscale.training.outcome import tell
+from emoscale.training.outcome import tell, tell_unfit
 from emoscale.training.respond import TurnsConfig
 from emoscale.training.saving import Saver
 from emoscale.training.schedule import learning_rate
@@ -150,9 +150,13 @@ def pretrain(config: RunConfig) -> Path:
     laps.end("imports")
     require(config.run.track)
     folder = Path(config.run.output)
-    vigil = Vigil(folder, distributed.world_from(os.environ), signal=config.run.signal, hang_s=config.run.hang_s, margin=config.run.save_margin)
+    world = distributed.world_from(os.environ)
+    vigil = Vigil(folder, world, signal=config.run.signal, hang_s=config.run.hang_s, margin=config.run.save_margin)
     try:
         return _pretrain(config, folder, vigil, laps)
+    except distributed.NodeError as error:
+        tell_unfit(error, folder, world)
+        raise
     except RuntimeError as error:
         if not distributed.is_lost_rank(error):
             raise

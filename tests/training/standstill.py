@@ -18,6 +18,7 @@ import torch
 from emoscale import distributed
 from emoscale.config import EmoscaleError
 from emoscale.training import health
+from emoscale.training.outcome import tell_unfit
 from emoscale.training.watchdog import Watchdog
 
 
@@ -34,6 +35,8 @@ def met(folder: str) -> None:
                 health.check_nodes(Path(folder) / "run", config, 2, world)
             except EmoscaleError as error:
                 message, status = str(error), error.status
+                if isinstance(error, distributed.NodeError):
+                    tell_unfit(error, Path(folder), world)
         seen[fault] = [json.loads(text) for text in distributed.gather_names([json.dumps([status, message])])]
     if world.is_main:
         (Path(folder) / "met.json").write_text(json.dumps(seen))

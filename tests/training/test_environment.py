@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import emoscale
 from emoscale.clock import Laps
@@ -30,6 +31,10 @@ def test_versions_machine_and_commit_are_json():
     assert set(found["packages"]) == set(PACKAGES)
     assert found["packages"]["torch"].split("+")[0].count(".") == 2
     assert found["cpus"] >= 1
+    assert found["cpu"].endswith(f", {torch.backends.cpu.get_cpu_capability()}")
+    listed = Path("/proc/cpuinfo")
+    if listed.exists() and "model name" in listed.read_text():
+        assert listed.read_text().split("model name", 1)[1].split(":", 1)[1].splitlines()[0].strip() in found["cpu"]
     root = Path(emoscale.__file__).resolve().parents[1]
     if (root / ".git").exists():
         done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from emoscale.config import EmoscaleError
-from emoscale.distributed import World
+from emoscale.distributed import NodeError, World
 from emoscale.training import health
-from emoscale.training.health import Facts, NodeError, check_nodes, judge
+from emoscale.training.health import Facts, check_nodes, judge
+from emoscale.training.outcome import tell_unfit
 from tests.training.forks import Forks
 
 
@@ -41,7 +42,7 @@ def test_a_node_that_is_not_fit_is_named_on_every_rank(met: dict[str, Any], faul
     assert said in message
     assert status == NodeError.status == 76
     assert message.startswith("1 of 2 nodes are not fit: rank 1 on node1: ")
-    assert message.endswith("leave them out (sbatch --exclude=node1) or mend them")
+    assert message.endswith("leave it out (sbatch --exclude=node1) or mend it")
     assert met["told"][fault]["unfit"] == ["node1"]
 
 
@@ -73,17 +74,17 @@ def facts(*clocks: float) -> list[Facts]:
     return [Facts(rank, f"node{rank // 2}", clock, "software", "config") for rank, clock in enumerate(clocks)]
 
 
-def test_a_clock_is_compared_with_the_median(tmp_path: Path) -> None:
-    judge(facts(0, 5, 1, 9), tmp_path, World())
+def test_a_clock_is_compared_with_the_median() -> None:
+    judge(facts(0, 5, 1, 9))
     with pytest.raises(NodeError, match=r"1 of 3 nodes are not fit: rank 4 on node2: clock is \+93 s"):
-        judge(facts(0, 5, 1, 9, 100, 100), tmp_path, World())
+        judge(facts(0, 5, 1, 9, 100, 100))
 
 
-def test_of_as_many_on_either_side_the_first_rank_is_right(tmp_path: Path) -> None:
+def test_of_as_many_on_either_side_the_first_rank_is_right() -> None:
     ranks = facts(0, 0, 0, 0)
     ranks[0].software = ranks[1].software = "older"
     with pytest.raises(NodeError, match=r"exclude=node1\)"):
-        judge(ranks, tmp_path, World())
+        judge(ranks)
 
 
 def test_a_run_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +118,9 @@ def test_a_rank_whose_gpu_is_lost_speaks_for_itself(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(health.distributed, "device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(health.distributed, "gather_names", lambda _: pytest.fail("no collective ends"))
     monkeypatch.setattr(health, "_computes", lost)
-    with pytest.raises(NodeError, match=r"node7 is not fit: cuda:0 fails: CUDA error: .*--exclude=node7"):
+    with pytest.raises(NodeError, match=r"node7 is not fit: cuda:0 fails: CUDA error: .*--exclude=node7") as refused:
         check_nodes(tmp_path / "run", {}, 2, World(1, 2))
+    tell_unfit(refused.value, tmp_path / "run", World(1, 2))
     assert json.loads((tmp_path / "outcome.json").read_text())["unfit"] == ["node7"]
     monkeypatch.setattr(health, "_computes", lambda _: other())
     with pytest.raises(EmoscaleError, match=r"no kernel image .*other nodes would not help") as caught:
