@@ -14,7 +14,7 @@ from emoscale.config import ConfigError, EmoscaleError
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]  # public in the documentation
 
 TIMEOUT = timedelta(minutes=10)
 GONE = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out", "timeout", "No route to host", "unreachable")
@@ -128,6 +128,7 @@ def init(timeout: timedelta = TIMEOUT) -> World:
     """
     import torch
     import torch.distributed as dist
+    from torch.distributed import HashStore, PrefixStore  # pyright: ignore[reportPrivateImportUsage]  # public in the documentation
     from torch.distributed.rendezvous import rendezvous
 
     world = world_from(os.environ)
@@ -141,17 +142,17 @@ def init(timeout: timedelta = TIMEOUT) -> World:
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if world.size == 1 and "MASTER_PORT" not in os.environ:
-            store: dist.Store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # public in the documentation
+            store: Store = HashStore()
             os.environ["MASTER_PORT"] = "29500"
         else:
             store, *_ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
             store.set_timeout(timeout)
-        _same_device(dist.PrefixStore("devices", store), world, cuda=cuda)
-        dist.init_process_group("nccl" if cuda else "gloo", rank=world.rank, world_size=world.size, timeout=timeout, store=dist.PrefixStore("ranks", store))
+        _same_device(PrefixStore("devices", store), world, cuda=cuda)
+        dist.init_process_group("nccl" if cuda else "gloo", rank=world.rank, world_size=world.size, timeout=timeout, store=PrefixStore("ranks", store))
     return world
 
 
-def _same_device(store: dist.Store, world: World, *, cuda: bool) -> None:
+def _same_device(store: Store, world: World, *, cuda: bool) -> None:
     """Compare what the ranks compute on, through the store: ranks of NCCL and of gloo would wait for each other until a time limit.
 
     Raises:
@@ -169,7 +170,7 @@ def _same_device(store: dist.Store, world: World, *, cuda: bool) -> None:
     store.set(f"heard/{world.rank}", "")
     if world.is_main:  # the store ends with this process
         store.wait([f"heard/{rank}" for rank in everyone])
-    raise NodeError(f"no GPU is seen on {', '.join(nodes)}, but on other nodes; `nvidia-smi` and CUDA_VISIBLE_DEVICES there say why", nodes)
+    raise NodeError(f"ranks on {', '.join(nodes)} see no GPU, others do; `nvidia-smi` and CUDA_VISIBLE_DEVICES there say why", nodes)
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

@@ -125,7 +125,7 @@ def test_ranks_with_and_without_a_gpu_do_not_wait_for_each_other(seeing: int) ->
     assert found[0] == found[1]
     message, nodes, alone = found[0]
     assert message == (
-        f"no GPU is seen on node{1 - seeing}, but on other nodes; `nvidia-smi` and CUDA_VISIBLE_DEVICES there say why; "
+        f"ranks on node{1 - seeing} see no GPU, others do; `nvidia-smi` and CUDA_VISIBLE_DEVICES there say why; "
         f"leave it out (sbatch --exclude=node{1 - seeing}) or mend it"
     )
     assert nodes == [f"node{1 - seeing}"]
