@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from emoscale.models.pretrained import read_config, without_pooler
 
@@ -22,6 +23,9 @@ class PictureTower(nn.Module):
         mean, std: per colour, what its pictures are normalised with.
         pooling: how a picture becomes one vector: the state of the `first` token ([CLS]), the model's own `pooler` on top of it, or
             the `mean` over all places, which is what models without a [CLS] have (of ConvNeXt take the `pooler`: mean and LayerNorm).
+
+    Batch norms (ResNet) keep the means and variances that their weights came with, in training too: a picture's vector depends neither on the
+    pictures beside it, nor on ranks or chunks.
 
     Raises:
         ValueError: the model has no pooler, though it is asked for.
@@ -48,6 +52,15 @@ class PictureTower(nn.Module):
         self._colours = {"mean": list(mean), "std": list(std)}
         for name, value in self._colours.items():
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Take the mode; see the class for batch norms."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.eval()
+        return self
 
     def restore(self) -> None:
         """Write the constants again, which no checkpoint holds: `from_pretrained` of transformers 5 leaves their memory as it found it."""
@@ -75,7 +88,6 @@ class PictureTower(nn.Module):
     def _pools(self) -> bool:
         """Whether the model gives a pooled vector; some have no module for it, such as ConvNeXt, whose last LayerNorm serves it alone."""
         found = self.model.eval()(pixel_values=torch.zeros(1, 3, self.side, self.side))
-        self.model.train()
         return getattr(found, "pooler_output", None) is not None
 
 

@@ -173,6 +173,8 @@ class Engine:
         for name, value in self._frozen():
             with self._whole(value):
                 weights |= {name: _on_host(value)} if keep else {}
+        own = self.module.state_dict().keys() if keep else ()
+        weights |= {name: value.detach().to("cpu", copy=True) for name, value in self.module.named_buffers() if name in own}  # batch norms have some
         for name, value in self.parameters():
             for key in self.moments:
                 full = self._gathered(value, key)

@@ -60,6 +60,18 @@ def test_every_part_that_is_trained_has_a_gradient(kind: str, pooling: str) -> N
     assert sum(value.requires_grad for value in own.parameters()) > 10
 
 
+def test_batch_norms_look_at_no_neighbours() -> None:
+    own = tower("resnet", "mean")
+    for name, value in own.model.named_buffers():
+        if name.endswith("running_mean"):
+            value.copy_(torch.rand_like(value))
+    before = {name: value.clone() for name, value in own.model.named_buffers()}
+    pictures = torch.rand(4, 3 * SIDE * SIDE)
+    together = own.train()(pictures)
+    torch.testing.assert_close(torch.cat([own(one[None]) for one in pictures]), together, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in own.model.named_buffers())
+
+
 def test_pictures_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match="pictures have 108 numbers, vit takes 3·32·32"):
         tower("vit", "first")(torch.rand(1, 108))

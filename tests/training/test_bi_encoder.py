@@ -16,6 +16,8 @@ from transformers import (
     AutoModel,
     BertConfig,
     BertModel,
+    ResNetConfig,
+    ResNetModel,
     T5Config,
     T5EncoderModel,
     ViTConfig,
@@ -135,6 +137,33 @@ def test_published_weights_and_their_normalisation_are_taken(corpus: Path, tmp_p
     assert backbone.text_out.weight.requires_grad
     pooler = built(corpus, *words, "pair.picture_pooling=pooler")[2].model.backbone.picture.model.pooler
     assert torch.equal(pooler.dense.weight, vit.pooler.dense.weight)
+
+
+def test_statistics_of_batch_norms_stay_in_checkpoints(corpus: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    resnet = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], image_size=VIT["image_size"]))
+    for value in (value for value in resnet.buffers() if value.is_floating_point()):
+        value.copy_(torch.rand_like(value) + 0.5)
+    resnet.save_pretrained(tmp_path / "resnet")
+    words = [f"data.corpora=[{corpus}]", "run.precision=fp32", "data.workers=0", "run.threads=1", *(word for word in FEW if "visual" not in word)]
+    words += [f"model.encoders.visual.source={tmp_path / 'resnet'}", "pair.picture_pooling=mean", "run.steps=4", "run.save_every=2", "optim.warmup=1"]
+    found = {}
+    for name, stage in (("whole", 1), ("again", 1), ("without zero", 0)):
+        config = load(RunConfig, None, [*words, f"zero.stage={stage}", f"run.output={tmp_path / name}"])
+        found[name] = pretrain(config)
+        if name == "again":
+            shutil.rmtree(found[name])
+            assert checkpoint.find_latest(tmp_path / name / "checkpoints").name.endswith("2")  # type: ignore[union-attr]
+            found[name] = pretrain(config)
+    weights = {name: checkpoint.load_weights(path) for name, path in found.items()}
+    kept = {name: value for name, value in resnet.named_buffers() if "running" in name}
+    assert len(kept) > 10
+    for own in weights.values():
+        assert all(torch.equal(own[f"backbone.picture.model.{name}"], value) for name, value in kept.items())
+    assert weights["whole"].keys() == weights["again"].keys()
+    assert all(torch.equal(value, weights["again"][name]) for name, value in weights["whole"].items())
+    model: Any = AutoModel.from_pretrained(export(tmp_path / "whole", tmp_path / "model"))
+    assert all(torch.equal(model.backbone.picture.model.get_buffer(name), value) for name, value in kept.items())
 
 
 def test_a_t5_encoder_with_its_own_tokenizer_trains(corpus: Path, tmp_path: Path) -> None:
