@@ -110,7 +110,7 @@ demo-pairs: $(VENV)/.installed
 	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/bi-encoder-demo.yaml)
 	@echo "reports: $(QUICK)/pairs.html $(QUICK)/pairs/report.html"
 
-RESPOND = $(EMOSCALE) pretrain configs/pretrain/respond-demo.yaml run.seed=$$seed
+RESPOND = $(EMOSCALE) finetune configs/finetune/respond-demo.yaml run.seed=$$seed
 demo-respond: $(VENV)/.installed
 	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo.yaml)
 	$(EMOSCALE) finetune configs/finetune/text-emotion-demo.yaml

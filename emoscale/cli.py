@@ -86,19 +86,19 @@ def prepare(
 
 
 @app.command(epilog="Example: `emoscale pretrain configs/pretrain/memobert-demo.yaml optim.lr=3e-4`")
-def pretrain(words: Words = None, check: Check = False) -> None:
+def pretrain(words: Words = None, check: Check = False, json: Json = False) -> None:
     """Pre-train on a prepared corpus; resumes the run in its output folder if there is one."""
     from emoscale.training import corpora, run
 
     config = _read(run.RunConfig, words)
     if check:
         run.check(config)
-        return _valid(config, False)
-    _announce(config.run.output)
+        return _valid(config, json)
+    _announce(config.run.output, json)
     checkpoint = run.pretrain(config)
     if _is_main():
-        _write_report(Path(config.run.output), corpora.folders_of(config.data))
-    return _say(f"checkpoint: {checkpoint}")
+        _write_report(Path(config.run.output), corpora.folders_of(config.data), json)
+    return _show({"checkpoint": str(checkpoint)}, json, f"checkpoint: {checkpoint}")
 
 
 @app.command(epilog="Example: `emoscale launch nodes=4 gpus=8 time=24:00:00 configs/pretrain/memobert.yaml run.output=runs/memobert`")
@@ -119,7 +119,11 @@ def launch(
 
 @app.command(epilog="Example: `emoscale finetune configs/finetune/demo.yaml init=runs/memobert-demo head.name=prompt`")
 def finetune(words: Words = None, check: Check = False, json: Json = False) -> None:
-    """Train an emotion classifier on a labelled corpus, over folds of speakers and seeds."""
+    """Train an emotion classifier on a labelled corpus, over folds of speakers and seeds; or a `system` whole, in the loop of `pretrain`."""
+    from emoscale.config import named
+
+    if "system" in named(*_file_and_words(words)):
+        return pretrain(words, check, json)
     from emoscale.training import finetune as stage
 
     config = _read(stage.FinetuneConfig, words)
@@ -244,12 +248,15 @@ def schema(stage: str) -> type:
 
 
 def _read(schema: type[T], words: list[str] | None) -> T:
-    """Take the first word as a file where it is no `key=value`, the others as overrides."""
     from emoscale.config import load
 
+    return load(schema, *_file_and_words(words))
+
+
+def _file_and_words(words: list[str] | None) -> tuple[str | None, list[str]]:
+    """Take the first word as a file where it is no `key=value`, the others as overrides."""
     words = list(words or [])
-    path = words.pop(0) if words and "=" not in words[0] else None
-    return load(schema, path, words)
+    return words.pop(0) if words and "=" not in words[0] else None, words
 
 
 def _is_main() -> bool:
@@ -282,7 +289,7 @@ def _show(value: Any, json: bool, text: str) -> None:
     _say(text)
 
 
-def _write_report(folder: Path, corpora: list[Path]) -> None:
+def _write_report(folder: Path, corpora: list[Path], aside: bool) -> None:
     """Write what a pre-training run leaves to be looked at: curves, corpora, environment."""
     from emoscale.evaluation import report
 
@@ -291,7 +298,7 @@ def _write_report(folder: Path, corpora: list[Path]) -> None:
     sections += [report.corpus_section(corpus, command=f"emoscale prepare output={corpus}") for corpus in corpora]
     sections.append(report.environment_section(folder, command=command))
     report.write_report(folder / "report.html", title=f"Pre-training: {folder.name}", sections=sections)
-    _say(f"report: {folder / 'report.html'}")
+    _say(f"report: {folder / 'report.html'}", aside)
 
 
 def _load_json(path: Path) -> Any:

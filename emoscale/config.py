@@ -74,6 +74,15 @@ def load(schema: type[T], path: str | Path | None = None, overrides: list[str] |
     return typing.cast(T, config)
 
 
+def named(path: str | Path | None, overrides: list[str]) -> set[str]:
+    """Give the topmost keys that a YAML file, those it extends and `key=value` words name.
+
+    Raises:
+        ConfigError: a file or word is not readable.
+    """
+    return {str(key) for _, _, layer in [*_files(path), *map(_word, overrides)] for key in layer}
+
+
 def validate(config: Any, prefix: str = "") -> None:
     """Call `validate()` of every dataclass in the tree; a `ValueError` becomes a `ConfigError` with its key."""
     for field in dataclasses.fields(config):

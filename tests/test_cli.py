@@ -177,9 +177,10 @@ def test_pretraining_that_cannot_begin_is_one_line_and_exit_2(words: list[str], 
     [
         ["evaluate", "model=MODEL", "corpus=CORPUS", "labels=LABELS", "--json"],
         ["finetune", "corpus=CORPUS", "labels=LABELS", "init=RUN", "output=out", "folds=3", "--check", "--json"],
+        ["finetune", "system=memobert", "data.corpora=[CORPUS]", "run.output=out", "--check", "--json"],
         ["config", "finetune", "optim", "--json"],
     ],
-    ids=["evaluate", "finetune --check", "config"],
+    ids=["evaluate", "finetune --check", "finetune a system --check", "config"],
 )
 def test_json_is_all_that_stands_on_stdout(
     words: list[str], tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -19,6 +19,11 @@ SCHEMAS = {"zero": "pretrain"}
 """Folder → stage, where the two differ."""
 
 
+def stage_of(path: Path) -> str:
+    """Give the stage that reads a file: `finetune` hands whole systems to `pretrain`."""
+    return "pretrain" if path.parent.name == "finetune" and "system" in whole(path) else SCHEMAS.get(path.parent.name, path.parent.name)
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(CONFIGS))
 
@@ -26,7 +31,7 @@ def name_of(path: Path) -> str:
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in (*STAGES, *SCHEMAS)], ids=name_of)
 def test_config_loads_and_validates(path: Path) -> None:
     """What a file leaves to the command line, such as whose films, is given here."""
-    kind = schema(SCHEMAS.get(path.parent.name, path.parent.name))
+    kind = schema(stage_of(path))
     required = [(key, type_) for key, type_, default, _ in config.describe(kind) if default == "(required)"]
     told = {key for key, _ in flat(whole(path))}
     given = [f"{key}=[given]" if "list" in type_ else f"{key}=given" for key, type_ in required if key not in told]
@@ -37,7 +42,7 @@ def test_config_loads_and_validates(path: Path) -> None:
 def test_config_holds_only_what_differs_from_the_defaults(path: Path) -> None:
     layer = OmegaConf.load(path)
     layer.pop("extends", None)
-    defaults = {key: default for key, _, default, _ in config.describe(schema(path.parent.name))}
+    defaults = {key: default for key, _, default, _ in config.describe(schema(stage_of(path)))}
     if "extends:" in path.read_text(encoding="utf-8"):
         defaults = {}  # a file on top of another may set a default back
     same = [key for key, value in flat(OmegaConf.to_container(layer)) if key in defaults and defaults[key] == str(value)]

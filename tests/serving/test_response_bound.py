@@ -2,7 +2,7 @@
 
     python -m pytest -m slow tests/serving/test_response_bound.py -s
 
-Two oracles answer the held-out turns of `configs/pretrain/respond-demo.yaml`: one knows what the words before tell, the other also sees the face
+Two oracles answer the held-out turns of `configs/finetune/respond-demo.yaml`: one knows what the words before tell, the other also sees the face
 of who responds. They decode by beam search, as `emoscale evaluate` does, or say what BLEU rewards most. The corpora of other seeds tell how
 much a set of held-out responses varies; nothing is rendered and nothing trained.
 """
