@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emoscale.config import ConfigError, EmoscaleError
 
@@ -42,6 +42,9 @@ class NodeError(EmoscaleError):
         them = "it" if len(nodes) == 1 else "them"
         super().__init__(f"{message}; leave {them} out (sbatch --exclude={','.join(nodes)}) or mend {them}")
         self.reason, self.nodes, self.alone = message, list(nodes), alone
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.nodes), {"alone": self.alone}
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ def init(timeout: timedelta = TIMEOUT) -> World:
     reads only these four, and DeepSpeed imports mpi4py where one is missing.
 
     Raises:
-        NodeError: some ranks see a GPU and others none, which would wait for each other; on every rank, with the same text.
+        NodeError: some nodes see no GPU and others do, which would wait for each other; on every rank, with the same text.
+        EmoscaleError: so it is with the ranks of one node.
     """
     import torch
     import torch.distributed as dist
@@ -147,8 +151,9 @@ def init(timeout: timedelta = TIMEOUT) -> World:
         else:
             store, *_ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
             store.set_timeout(timeout)
-        _same_device(PrefixStore("devices", store), world, cuda=cuda)
-        dist.init_process_group("nccl" if cuda else "gloo", rank=world.rank, world_size=world.size, timeout=timeout, store=PrefixStore("ranks", store))
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store where it starts ranks anew
+        _same_device(PrefixStore(f"devices/{start}", store), world, cuda=cuda)
+        dist.init_process_group("nccl" if cuda else "gloo", rank=world.rank, world_size=world.size, timeout=timeout, store=PrefixStore(f"ranks/{start}", store))
     return world
 
 
@@ -156,21 +161,28 @@ def _same_device(store: Store, world: World, *, cuda: bool) -> None:
     """Compare what the ranks compute on, through the store: ranks of NCCL and of gloo would wait for each other until a time limit.
 
     Raises:
-        NodeError: see `init`.
+        NodeError, EmoscaleError: see `init`.
     """
     everyone = range(world.size)
     store.set(f"sees/{world.rank}", f"{int(cuda)}{node_name()}")
     if world.is_main:
         seen = [value.decode() for value in store.multi_get([f"sees/{rank}" for rank in everyone])]
-        without = {value[1:] for value in seen if value.startswith("0")} if any(value.startswith("1") for value in seen) else set()
-        store.set("without", "\n".join(sorted(without)))
-    nodes = store.get("without").decode().split()
+        blind, others = ({value[1:] for value in seen if value[0] == sign} for sign in "01")
+        store.set("blind", " ".join(sorted(blind if others else ())))
+        store.set("both", " ".join(sorted(blind & others)))
+    nodes, both = (store.get(name).decode().split() for name in ("blind", "both"))
     if not nodes:
         return
     store.set(f"heard/{world.rank}", "")
     if world.is_main:  # the store ends with this process
         store.wait([f"heard/{rank}" for rank in everyone])
-    raise NodeError(f"ranks on {', '.join(nodes)} see no GPU, others do; `nvidia-smi` and CUDA_VISIBLE_DEVICES there say why", nodes)
+    if both:
+        raise EmoscaleError(f"{_few(both)}: some ranks see a GPU and others none; start one rank for each GPU, and look at CUDA_VISIBLE_DEVICES")
+    raise NodeError(f"ranks on {_few(nodes)} see no GPU, others do; `nvidia-smi` and CUDA_VISIBLE_DEVICES there say why", nodes)
+
+
+def _few(names: Sequence[str], shown: int = 4) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

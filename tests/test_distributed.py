@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 from typing import Any
 
 import pytest
 import torch
 
 from emoscale import distributed
-from emoscale.config import ConfigError
+from emoscale.config import ConfigError, EmoscaleError
 from emoscale.distributed import World, world_from
 from tests.services import free_ports
 
@@ -121,15 +122,28 @@ def test_two_ranks_sum_and_compare_exactly() -> None:
 @pytest.mark.parametrize("seeing", [0, 1])
 def test_ranks_with_and_without_a_gpu_do_not_wait_for_each_other(seeing: int) -> None:
     """The GPU is pretended: what the ranks would talk through next is never reached."""
-    found = _both(_seeing, seeing)
+    found = _both(_seeing, seeing, ["node0", "node1"])
     assert found[0] == found[1]
-    message, nodes, alone = found[0]
+    status, message, nodes = found[0]
+    assert status == distributed.NodeError.status
     assert message == (
         f"ranks on node{1 - seeing} see no GPU, others do; `nvidia-smi` and CUDA_VISIBLE_DEVICES there say why; "
         f"leave it out (sbatch --exclude=node{1 - seeing}) or mend it"
     )
     assert nodes == [f"node{1 - seeing}"]
-    assert not alone
+
+
+def test_a_node_whose_ranks_share_too_few_gpus_is_not_to_blame() -> None:
+    found = _both(_seeing, 0, ["node0", "node0"])
+    message = "node0: some ranks see a GPU and others none; start one rank for each GPU, and look at CUDA_VISIBLE_DEVICES"
+    assert found == dict.fromkeys((0, 1), (1, message, None))
+
+
+def test_a_long_list_of_nodes_leaves_room_for_the_remedy() -> None:
+    error = distributed.NodeError(f"ranks on {distributed._few([f'n{number}' for number in range(300)])} see no GPU", ["n0", "n1"], alone=True)
+    assert str(error) == "ranks on n0, n1, n2, n3 and 296 more see no GPU; leave them out (sbatch --exclude=n0,n1) or mend them"
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.reason, again.nodes, again.alone) == (str(error), error.reason, error.nodes, True)
 
 
 def _both(target: Any, *options: Any) -> dict[int, Any]:
@@ -137,7 +151,7 @@ def _both(target: Any, *options: Any) -> dict[int, Any]:
     port = str(free_ports(1)[0])
     context = multiprocessing.get_context("fork")
     answers: Any = context.Queue()
-    ranks = [context.Process(target=target, args=(rank, port, answers, *options)) for rank in (0, 1)]
+    ranks = [context.Process(target=target, args=(rank, port, answers, *options), daemon=True) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
     found = dict(answers.get(timeout=60) for _ in ranks)
@@ -149,19 +163,20 @@ def _both(target: Any, *options: Any) -> dict[int, Any]:
 
 def _launched(rank: int, port: str) -> None:
     values = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in values.items()} | {"CUDA_VISIBLE_DEVICES": "", "SLURMD_NODENAME": f"node{rank}"})
+    os.environ.update({name: str(value) for name, value in values.items()} | {"CUDA_VISIBLE_DEVICES": ""})
 
 
-def _seeing(rank: int, port: str, answers: Any, seeing: int) -> None:
+def _seeing(rank: int, port: str, answers: Any, seeing: int, nodes: list[str]) -> None:
     _launched(rank, port)
+    os.environ["SLURMD_NODENAME"] = nodes[rank]
     if rank == seeing:
         torch.cuda.is_available = lambda: True
         torch.cuda.device_count = lambda: 1
         torch.cuda.set_device = lambda _: None
     try:
         distributed.init()
-    except distributed.NodeError as error:
-        answers.put((rank, (str(error), error.nodes, error.alone)))
+    except EmoscaleError as error:
+        answers.put((rank, (error.status, str(error), getattr(error, "nodes", None))))
 
 
 def _rank(rank: int, port: str, answers: Any) -> None:

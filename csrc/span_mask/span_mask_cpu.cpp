@@ -44,8 +44,8 @@ struct Scratch {
   std::vector<uint64_t> chosen;  // one bit per slot
 };
 
-// Chooses the `count` slots of the smallest words by taking the smallest `count` times: no branch depends on a word, which is
-// worth more than the fewer comparisons of a heap. Says no where words were equal, so that more slots were taken: the earlier
+// Chooses the `count` slots of the smallest words by taking the smallest `count` times: with AVX2 no branch depends on a word,
+// which is worth more than the fewer comparisons of a heap. Says no where words were equal, so that more slots were taken: the earlier
 // one counts, and a real word may be the one that stands for no slot.
 bool choose_few(int64_t slots, int64_t count, Scratch& scratch) {
   uint32_t* words = scratch.words.data();

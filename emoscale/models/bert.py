@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,7 +66,7 @@ def read_bert(source: str, heads: int) -> dict[str, Tensor]:
             raise ConfigError(f"model.init: {source} has {unlike}, this model {LIKE_OURS | {'num_attention_heads': heads}}; give a BERT id or folder")
         model, report = cast(tuple[Any, Any], BertForMaskedLM.from_pretrained(source, output_loading_info=True, weights_only=True))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"model.init: {source} cannot be loaded ({' '.join(str(error).split())}); give a BERT id or folder") from error
+        raise ConfigError(f"model.init: {source} cannot be loaded ({' '.join(str(error).split())}); give a run's folder, or a BERT's id or folder") from error
     # What the checkpoint lacks is drawn at random by transformers: that is no weight of it.
     return {name: value for name, value in model.state_dict().items() if name not in report["missing_keys"]}
 
@@ -112,14 +113,24 @@ def to_bert(model: UnifiedTransformer) -> Any:
         intermediate_size=4 * model.width if ffn is None else len(ffn), layer_norm_eps=LAYER_NORM_EPS,
     )  # fmt: skip
     bert = BertModel(config, add_pooling_layer=False)
+    bert.load_state_dict(as_bert(own))
+    return bert
+
+
+def as_bert(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the text path of a unified transformer under BERT's names, from the transformer's weights."""
     weights = {theirs: own[ours] for theirs, ours in EMBEDDINGS.items()}
-    for i in range(layers):
+    for i in range(layers_of(own)):
         for kind in ("weight", "bias"):
             parts = own[f"layers.{i}.qkv.{kind}"].chunk(3)
             weights |= {f"encoder.layer.{i}.attention.self.{name}.{kind}": part for name, part in zip(("query", "key", "value"), parts, strict=True)}
             weights |= {f"encoder.layer.{i}.{theirs}.{kind}": own[f"layers.{i}.{ours}.{kind}"] for theirs, ours in LAYER.items()}
-    bert.load_state_dict(weights)
-    return bert
+    return weights
+
+
+def layers_of(own: Mapping[str, Tensor]) -> int:
+    """Count the layers in the weights of a unified transformer."""
+    return len({name.split(".")[1] for name in own if name.startswith("layers.")})
 
 
 def _layer(weights: dict[str, Tensor], i: int) -> dict[str, Tensor]:

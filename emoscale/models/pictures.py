@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from emoscale.models.pretrained import read_config, without_pooler
+from emoscale.models.pretrained import hold_still, read_config, without_pooler
 
 PicturePooling = Literal["first", "pooler", "mean"]
 
@@ -24,8 +23,7 @@ class PictureTower(nn.Module):
         pooling: how a picture becomes one vector: the state of the `first` token ([CLS]), the model's own `pooler` on top of it, or
             the `mean` over all places, which is what models without a [CLS] have (of ConvNeXt take the `pooler`: mean and LayerNorm).
 
-    Batch norms (ResNet) keep the means and variances that their weights came with, in training too: a picture's vector depends neither on the
-    pictures beside it, nor on ranks or chunks.
+    Batch norms (ResNet) keep the statistics that their weights came with, see `StillNorm`.
 
     Raises:
         ValueError: the model has no pooler, though it is asked for.
@@ -39,6 +37,7 @@ class PictureTower(nn.Module):
         from transformers import AutoModel
 
         self.model: Any = AutoModel.from_config(read_config(config), trust_remote_code=False)
+        hold_still(self.model)
         self.pooling = pooling
         pooler = getattr(self.model, "pooler", None)
         if pooling != "pooler" and pooler is not None and any(True for _ in pooler.parameters()):
@@ -48,19 +47,10 @@ class PictureTower(nn.Module):
                 value.requires_grad_(False)
         self.width, self.side = width_of(self.model.config), side_of(self.model.config)
         if pooling == "pooler" and not self._pools():
-            raise ValueError(f"{self.model.config.model_type} has no pooler; take pair.picture_pooling=first or mean")
+            raise ValueError(f"picture_pooling: {self.model.config.model_type} has no pooler; take first or mean")
         self._colours = {"mean": list(mean), "std": list(std)}
         for name, value in self._colours.items():
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
-        self.train()
-
-    def train(self, mode: bool = True) -> Self:
-        """Take the mode; see the class for batch norms."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, BatchNorm):
-                module.eval()
-        return self
 
     def restore(self) -> None:
         """Write the constants again, which no checkpoint holds: `from_pretrained` of transformers 5 leaves their memory as it found it."""
@@ -76,7 +66,8 @@ class PictureTower(nn.Module):
         if pictures.shape[1] != 3 * self.side * self.side:
             raise ValueError(f"pictures have {pictures.shape[1]} numbers, {self.model.config.model_type} takes 3·{self.side}·{self.side}")
         pixels = pictures.view(-1, self.side, self.side, 3).permute(0, 3, 1, 2)
-        found = self.model(pixel_values=(pixels - self.mean) / self.std)
+        dtype = next(self.model.parameters()).dtype  # convolutions in bf16 take no pixels in fp32
+        found = self.model(pixel_values=((pixels - self.mean) / self.std).to(dtype))
         if self.pooling == "pooler":
             return found.pooler_output.flatten(1)
         hidden = found.last_hidden_state
@@ -88,6 +79,7 @@ class PictureTower(nn.Module):
     def _pools(self) -> bool:
         """Whether the model gives a pooled vector; some have no module for it, such as ConvNeXt, whose last LayerNorm serves it alone."""
         found = self.model.eval()(pixel_values=torch.zeros(1, 3, self.side, self.side))
+        self.model.train()
         return getattr(found, "pooler_output", None) is not None
 
 

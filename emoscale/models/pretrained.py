@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.utils.rnn import pad_sequence
 
 from emoscale.records import refuse_kernels
@@ -126,6 +127,7 @@ class VoiceTower(nn.Module):
             raise ValueError(f"{known.model_type} is no wav2vec2-like model; take wav2vec2, hubert, wavlm or data2vec-audio")
         if getattr(self.model, "adapter", None) is not None:
             raise ValueError(f"{known.model_type} with an adapter changes the rate of its frames; set add_adapter=false")
+        hold_still(self.model)
         self.norms = _hide_padding(self.model.feature_extractor)
         self.kernel, self.stride = int(known.conv_kernel[0]), int(known.conv_stride[0])
         self.width, self.normalise = int(known.hidden_size), normalise
@@ -174,6 +176,30 @@ class NormOverTime(nn.GroupNorm):
         exact = input.float()
         mean, deviation = _moments(exact, real, self.eps)
         return ((exact - mean) / deviation * self.weight[:, None] + self.bias[:, None]).to(input.dtype)
+
+
+class StillNorm(BatchNorm):
+    """A batch norm that uses the means and variances its weights came with, in training too, and fp32 within.
+
+    What one sequence or picture becomes then depends neither on those beside it, nor on padding, ranks or chunks.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Scale and shift each channel, the second axis."""
+        scale = self.weight.float() * (self.running_var.float() + self.eps).rsqrt()  # type: ignore[union-attr]  # `hold_still` takes those with statistics
+        shift = self.bias.float() - self.running_mean.float() * scale  # type: ignore[union-attr]  # as above
+        shape = (1, -1, *[1] * (input.dim() - 2))
+        return (input.float() * scale.view(shape) + shift.view(shape)).to(input.dtype)
+
+
+def hold_still(model: nn.Module) -> None:
+    """Put `StillNorm` in the place of every batch norm that keeps statistics."""
+    for module in list(model.modules()):
+        for name, norm in list(module.named_children()):
+            if isinstance(norm, BatchNorm) and norm.track_running_stats and norm.affine:
+                ours = StillNorm(norm.num_features, norm.eps)
+                ours.load_state_dict(norm.state_dict())
+                setattr(module, name, ours)
 
 
 def _moments(x: Tensor, real: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -76,8 +76,7 @@ def load_pair(model: ModelConfig, backbone: BiEncoder) -> None:
         ConfigError: weights cannot be loaded or are of another shape, or nothing is called as `freeze` says.
     """
     for name, tower, module in (("text", model.encoders.text, backbone.text.model), ("visual", model.encoders.visual, backbone.picture.model)):
-        if tower.source:
-            load_weights(tower, module, f"model.encoders.{name}")
+        load_weights(tower, module, f"model.encoders.{name}")
         freeze(tower.freeze, module, f"model.encoders.{name}.freeze")
 
 

@@ -3,7 +3,7 @@
 step_00000100/
 manifest.json          sha256 of every other file; written last
 state.json             step, world, and what else the run needs to go on
-weights.safetensors    fp32 master weights by parameter name, whole: any world and ZeRO stage can load them
+weights.safetensors    fp32 master weights by parameter name, whole: any world and ZeRO stage can load them; and statistics of batch norms
 moments.safetensors    optimizer moments, likewise
 rng_00000.safetensors  random state of each rank (used again where the world is the same)
 assets/                tokenizer, expression teacher and corpus manifest: what a model needs outside its run

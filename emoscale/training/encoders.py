@@ -14,7 +14,7 @@ from emoscale.data.tokens import Pictures
 from emoscale.models.bi_encoder import BiEncoder
 from emoscale.models.config import ModelConfig, TowerConfig
 from emoscale.models.pictures import side_of
-from emoscale.models.pretrained import PretrainedEncoders, described, strides
+from emoscale.models.pretrained import PretrainedEncoders, StillNorm, described, strides
 from emoscale.models.response import ResponseModel
 from emoscale.models.unified import UnifiedTransformer
 from emoscale.records import refuse_kernels
@@ -99,8 +99,7 @@ def load_towers(model: ModelConfig, encoders: PretrainedEncoders) -> None:
     """
     for name, tower in (("text", model.encoders.text), ("acoustic", model.encoders.acoustic)):
         module = getattr(encoders, name).model
-        if tower.source:
-            load_weights(tower, module, f"model.encoders.{name}")
+        load_weights(tower, module, f"model.encoders.{name}")
         freeze(tower.freeze, module, f"model.encoders.{name}.freeze")
 
 
@@ -131,11 +130,15 @@ def tower_config(tower: TowerConfig, key: str) -> Any:
 
 
 def load_weights(tower: TowerConfig, module: nn.Module, key: str) -> None:
-    """Load an encoder's published weights into its module.
+    """Load an encoder's published weights into its module, where it has a source.
 
     Raises:
-        ConfigError: they cannot be loaded, or one is missing or of another shape.
+        ConfigError: they cannot be loaded, or one is missing or of another shape; or there is no source, and it has batch norms.
     """
+    if not tower.source:
+        if any(isinstance(part, StillNorm) for part in module.modules()):
+            raise ConfigError(f"{key}: {tower.type} has batch norms, whose statistics come with weights; name a source, or take another type")
+        return
     try:
         theirs = type(module).from_pretrained(tower.source, weights_only=True).float().state_dict()  # type: ignore[attr-defined]  # a transformers model
     except (OSError, ValueError) as error:

@@ -190,6 +190,7 @@ class Engine:
         for name, value in self._frozen():
             with self._whole(value):
                 value.data.copy_(weights[name])
+        self.module.load_state_dict({name: weights[name] for name, _ in self.module.named_buffers() if name in weights}, strict=False)
         for entry in self._base().state.values():
             if "step" in entry:
                 entry["step"].fill_(steps)

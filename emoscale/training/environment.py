@@ -95,7 +95,11 @@ def _processor() -> str:
     except OSError:  # another system than Linux
         return platform.processor() or platform.machine()
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    named = [facts[key] if key == "model name" else f"{key} {facts[key]}" for key in ("model name", "cpu family", "model") if key in facts]
+    named = [
+        facts[key] if key == "model name" else f"{key} {facts[key]}"
+        for key in ("model name", "cpu family", "model", "CPU implementer", "CPU part")
+        if key in facts
+    ]
     return " ".join(named) or platform.machine()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import resource
-import socket
 import sys
 import time
 from collections import deque
@@ -141,7 +140,7 @@ class Stragglers:
         self._in_a_row = self._in_a_row + 1 if slowest == self._slowest else 1
         self._slowest = slowest
         if self._in_a_row == SLOW_LOGS:
-            hosts = distributed.gather_names([socket.gethostname()])
+            hosts = distributed.gather_names([distributed.node_name()])
             _warn(
                 "rank %d on %s is slow: its forward passes took %.1f times the median of all ranks in %d logs in a row; look at that node "
                 "(other processes, a throttled GPU), or leave it out (sbatch --exclude)", slowest, hosts[slowest], ratio, SLOW_LOGS,

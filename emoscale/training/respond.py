@@ -62,7 +62,10 @@ def build_response(config: RunConfig, corpus: Utterances, encoder: Encoder) -> B
         del configs[name]
     tokenizer = encoder.text.tokenizer
     shape = response_shape(config.model, config.turns, encoder)
-    backbone = ResponseModel(**shape)
+    try:
+        backbone = ResponseModel(**shape)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
     sizes = Sizes(backbone.width, len(tokenizer), encoder.visual.width, encoder.acoustic.width, encoder.classes)
     tasks: dict[str, Task] = {}
     for name, options in configs.items():
@@ -72,10 +75,8 @@ def build_response(config: RunConfig, corpus: Utterances, encoder: Encoder) -> B
     if config.model.generator.source:
         load_weights(config.model.generator, backbone.model, KEY)
         backbone.tie()
-    if config.model.encoders.visual.source:
-        assert backbone.tower is not None  # `response_shape` gave it a picture
-        load_weights(config.model.encoders.visual, backbone.tower.model, SEEN)
     if backbone.tower is not None:
+        load_weights(config.model.encoders.visual, backbone.tower.model, SEEN)
         freeze(config.model.encoders.visual.freeze, backbone.tower.model, f"{SEEN}.freeze")
     freeze(config.model.generator.freeze, backbone.model, f"{KEY}.freeze")
     if config.model.init:

@@ -20,7 +20,6 @@ from datetime import timedelta
 from pathlib import Path
 
 from emoscale import distributed
-from emoscale.training.health import node_name
 from emoscale.training.outcome import tell
 
 log = logging.getLogger("emoscale")
@@ -95,7 +94,7 @@ class Watchdog:
     def _leave(self) -> None:
         waited = time.monotonic() - self._since
         signal.setitimer(signal.ITIMER_REAL, 0)
-        said = f"rank {self._world.rank} on {node_name()} has not moved for {waited:.0f} s, {self._doing}"
+        said = f"rank {self._world.rank} on {distributed.node_name()} has not moved for {waited:.0f} s, {self._doing}"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:

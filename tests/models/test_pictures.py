@@ -72,6 +72,19 @@ def test_batch_norms_look_at_no_neighbours() -> None:
     assert all(torch.equal(value, before[name]) for name, value in own.model.named_buffers())
 
 
+@pytest.mark.parametrize(("kind", "pooling"), [("vit", "first"), ("dinov2", "first"), ("resnet", "mean"), ("convnext", "pooler")])
+def test_weights_in_bf16_see_pictures_in_fp32(kind: str, pooling: str) -> None:
+    """As DeepSpeed has it: parameters in bf16, statistics and colours in fp32."""
+    own, exact = tower(kind, pooling).train(), tower(kind, pooling)
+    for value in own.parameters():
+        value.data = value.data.bfloat16()
+    pictures = torch.rand(3, 3 * SIDE * SIDE)
+    found, wanted = own(pictures), exact(pictures)
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - wanted).detach().norm() / wanted.detach().norm()) < 0.05
+    found.float().square().sum().backward()
+
+
 def test_pictures_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match="pictures have 108 numbers, vit takes 3·32·32"):
         tower("vit", "first")(torch.rand(1, 108))

@@ -17,6 +17,7 @@ from emoscale.config import ConfigError, load
 from emoscale.data.streams import Corpus
 from emoscale.data.synthetic import Synthetic
 from emoscale.models.config import TowerConfig
+from emoscale.models.pictures import PictureTower
 from emoscale.models.pretrained import TextTower, described, read_config
 from emoscale.training import checkpoint
 from emoscale.training.encoders import load_weights, tower_config
@@ -198,3 +199,10 @@ def test_masks_of_the_published_recipe_are_off() -> None:
     tower = VoiceTower(described(AutoConfig.for_model("wav2vec2", **VOICE)), normalise=True)
     found: Any = tower.model.config
     assert (found.layerdrop, found.mask_time_prob, found.mask_feature_prob) == (0.0, 0.0, 0.0)
+
+
+def test_batch_norms_without_weights_are_refused() -> None:
+    """Their statistics stay as they come: of random weights, those of no normalisation at all."""
+    module = PictureTower(described(AutoConfig.for_model("resnet", hidden_sizes=[8, 16], depths=[1, 1])), mean=[0.5] * 3, std=[0.5] * 3, pooling="mean").model
+    with pytest.raises(ConfigError, match="here: resnet has batch norms, whose statistics come with weights; name a source"):
+        load_weights(TowerConfig(type="resnet"), module, "here")

@@ -22,7 +22,7 @@ from emoscale.data.streams import Corpus
 from emoscale.data.synthetic import Synthetic
 from emoscale.data.tokens import load_tokenizer
 from emoscale.data.turns import Turns
-from emoscale.models.response import ResponseModel
+from emoscale.models.response import TEXT, ResponseModel
 from emoscale.training.corpora import make_encoder, open_corpora
 from emoscale.training.export import export
 from emoscale.training.respond import read_response_objectives, response_flops
@@ -111,11 +111,56 @@ def test_a_generator_with_weights_of_its_own(chats: Path, tmp_path: Path) -> Non
     (["objectives={masked_turns: {}}"], "it alone trains the decoder"),
     (["objectives={response: {}, response_emotion: {}}"], "none is named"),
     (["model.generator={type: t5}"], "no BART-like model|has no"),
+    (["model.init=nowhere"], "nowhere cannot be loaded .*give a run's folder"),
+    (["model.width=48", "model.generator={type: mbart}", "model.init=BERT"], "only the encoder of a bart with gelu"),
+    (["model.width=48", "model.init=BERT"], r"embed_tokens.weight: \[\d+, 32\], model \[\d+, 48\]; .*nothing was loaded"),
+    (["model.layers=1", "model.init=BERT"], "more layers than the 1 of the model"),
     (["model.generator={options: {nonsense: 1}}"], "bart has no nonsense"),
 ])  # fmt: skip
-def test_what_cannot_be_built(chats: Path, words: list[str], message: str) -> None:
-    with pytest.raises((ConfigError, ValueError), match=message):
-        built(chats, *words)
+def test_what_cannot_be_built(chats: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    BertForMaskedLM(
+        BertConfig(vocab_size=len(load_tokenizer("", chats)), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+    ).save_pretrained(tmp_path / "bert")
+    with pytest.raises((ConfigError, DataError), match=message):
+        built(chats, *[word.replace("BERT", str(tmp_path / "bert")) for word in words])
+
+
+@pytest.mark.parametrize("source", ["bert", "memobert"])
+def test_the_encoder_starts_from_one_that_reads_words(chats: Path, tmp_path: Path, source: str) -> None:
+    """A BERT, or the text path of a pre-training of ours: without pictures the encoder gives its hidden states."""
+    from transformers import BertModel
+
+    torch.manual_seed(5)
+    words = [
+        f"data.corpora=[{chats}]",
+        "run.precision=fp32",
+        "data.workers=0",
+        "run.threads=1",
+        "model.size=tiny",
+        "model.layers=2",
+        "model.width=32",
+        "model.heads=2",
+    ]
+    config = load(RunConfig, None, [*words, "run.steps=1", "optim.warmup=1", f"run.output={tmp_path / 'run'}", "objectives={masked_text: {}}"])
+    pretrain(config)
+    export_encoders(tmp_path / "run", tmp_path / "parts")
+    known: Any = BertModel.from_pretrained(tmp_path / "parts" / "text", add_pooling_layer=False).eval()
+    _, _, made = built(
+        chats, *[word for word in words if word.startswith("model.")], f"model.init={tmp_path / ('run' if source == 'memobert' else 'parts/text')}"
+    )
+    backbone = made.model.backbone.eval()
+    encoder = backbone.model.get_encoder()
+    for part in (known, encoder):  # BART adds 1e-5 to a variance, which the small vectors of a model that has hardly learned show
+        for module in part.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = 1e-12
+    ids = torch.randint(5, known.config.vocab_size, (3, 9))
+    with torch.no_grad():
+        mine = encoder(inputs_embeds=backbone.model.get_input_embeddings()(ids) + backbone.kinds.weight[TEXT]).last_hidden_state
+        torch.testing.assert_close(mine, known(ids).last_hidden_state, rtol=1e-4, atol=1e-5)
+    assert backbone.model.get_output_embeddings().weight is backbone.model.get_input_embeddings().weight
 
 
 def test_objectives_that_weigh_nothing_are_left_out() -> None:
