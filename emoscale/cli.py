@@ -147,7 +147,10 @@ def evaluate(words: Words = None, json: Json = False) -> None:
     _show(scores, json, "\n".join(f"{name:<16} {_short(value)}" for name, value in scores.items()))
 
 
-@app.command(epilog="Example: `emoscale predict talk.mp4 --model runs/memobert-demo/finetune/model --json`")
+@app.command(
+    epilog="Example: `emoscale predict talk.mp4 --model runs/memobert-demo/finetune/model --json`; "
+    "to respond, `emoscale predict dialogue.jsonl --respond --model models/respond`"
+)
 def predict(
     media: Annotated[list[Path], typer.Argument(help="Films to judge; subtitles beside them are used.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hugging Face id of a fine-tuned model.")],

@@ -72,8 +72,9 @@ class ModelConfig:
     """Beginnings of names of parameters, as in `optim.factors`, that are not trained, such as `[backbone.text., backbone.layers.0.]`."""
     encoders: EncodersConfig = field(default_factory=EncodersConfig)
     """Hugging Face models that encode utterances instead (`system: tcmp`, `bi_encoder`)."""
-    generator: TowerConfig = field(default_factory=lambda: TowerConfig(type="bart"))
-    """BART-like model that responds (`system: response`); without a source, of the shape given here. `data.tokenizer` must be a source's own."""
+    generator: TowerConfig = field(default_factory=TowerConfig)
+    """BART-like model that responds (`system: response`); without source and type a `bart`. Without a source it has the shape given here;
+    `data.tokenizer` must be a source's own."""
 
     def validate(self) -> None:
         """Fill what `size` gives and check the rest."""

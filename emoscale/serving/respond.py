@@ -21,10 +21,11 @@ from emoscale.data.collate import Encoder
 from emoscale.data.labelled import default_key, read_labels
 from emoscale.data.tokens import Pictures, load_tokenizer
 from emoscale.data.turns import RESPONSE, Sample, TurnReader, Turns, pack_turns, within
-from emoscale.evaluation.generation import Responses, compare, similarities, unigram_perplexity
+from emoscale.evaluation.generation import Responses, bleu_counts, compare, similarities, unigram_perplexity
+from emoscale.forms import Options
 from emoscale.models.response import ResponseModel
 from emoscale.objectives.response import word_losses
-from emoscale.records import read_arrays, read_lines
+from emoscale.records import read_arrays, read_json, read_lines
 from emoscale.serving.hub import EmotionModel
 from emoscale.serving.hub import load as load_model
 from emoscale.training import checkpoint
@@ -32,7 +33,6 @@ from emoscale.training.corpora import make_encoder, open_all, open_corpora, read
 from emoscale.training.heldout import only_held_out
 from emoscale.training.heldout_dialogues import Held
 from emoscale.training.run import RunConfig
-from emoscale.training.systems import SYSTEMS
 
 log = logging.getLogger("emoscale")
 MAX_TOKENS = 16_384
@@ -218,13 +218,13 @@ def score_run(
         raise ConfigError(f"{run}: a run of system {config.system} generates no response; name one of system response")
     if found is None or not config.data.held_out:
         raise DataError(f"{run}: {'has no checkpoint' if found is None else 'held nothing out; pre-train with data.held_out'}")
-    config.model.init = config.model.generator.source = ""
     train = open_corpora(config.data, config.run.seed).utterances
     held = Held(only_held_out(open_all(config.data), read_held_out(config.data.held_out)), train.manifest)
     encoder = make_encoder(config.data, train, load_tokenizer(str(found / "assets" / "tokenizer"), None))
-    built = SYSTEMS[config.system].build(config, train, encoder)
-    built.model.load_state_dict(checkpoint.load_weights(found))
-    backbone: Any = built.model.eval().backbone
+    # By the shape it has, not by what it started from, which need not be there any more.
+    backbone = ResponseModel(**read_json(found / "assets" / "model.json", Options, checkpoint.OLDER)["shape"]).eval()
+    weights = checkpoint.load_weights(found)
+    backbone.load_state_dict({name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")})
     reader = still(encoder, config.turns.ground, config.turns.frame)
     asked = [[held[member] for member in members] for members in _all(Turns(held, config.turns.context))]
     # Turns without words or pictures are answered too: runs that see less must answer the same.
@@ -269,6 +269,7 @@ def score_arms(arms: Mapping[str, Sequence[Path]], judge: str, **options: Any) -
     """
     if not judge:
         raise ConfigError("judge: no value given; name a model folder that classifies texts, and that no run was trained with (`emoscale finetune`)")
+    bleu_counts([], [])  # what it lacks is said before hours of generation
     model = load_model(judge)
     scored = {name: [score_run(run, model, **options) for run in runs] for name, runs in arms.items()}
     result: dict[str, Any] = {"arms": compare({name: [responses for responses, _ in runs] for name, runs in scored.items()})}

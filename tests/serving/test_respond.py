@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, BartConfig, BartForConditionalGeneration
+from typer.testing import CliRunner
 
 import emoscale
 from emoscale.batch import Utterance
-from emoscale.config import ConfigError, DataError
+from emoscale.cli import app
+from emoscale.config import ConfigError, DataError, load
 from emoscale.data.streams import Corpus
+from emoscale.data.tokens import load_tokenizer
 from emoscale.serving.evaluate import EvaluateConfig, evaluate
 from emoscale.serving.respond import Responder, answers, score_arms, score_run
 from emoscale.training.export import export
+from emoscale.training.run import RunConfig, pretrain
 from tests.chats import RESPONSE, write_chats, write_judge
 from tests.training.forks import Forks
 from tests.tuned import CLASSES
@@ -124,6 +129,32 @@ def test_who_cannot_respond_and_how_not(model: Path, judge: Path, tmp_path: Path
         answers(str(model), [tmp_path / "dialogue.jsonl"], ["a=[1"])
     with pytest.raises(ConfigError, match=r"decoding: .*beems"):
         answers(str(model), [tmp_path / "dialogue.jsonl"], ["num_beems=3"])
+
+
+def test_the_command_line_responds(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "dialogue.jsonl").write_text('{"dialogue": "one", "text": "we go home"}\n{"dialogue": "two", "text": "you stay"}\n')
+    words = ["predict", str(tmp_path / "dialogue.jsonl"), "--respond", "--model", str(model)]
+    told, table = (CliRunner().invoke(app, [*words, *more]) for more in (["--json", "--decoding", "num_beams=2 max_new_tokens=4"], []))
+    assert (told.exit_code, table.exit_code) == (0, 0), told.output + table.output
+    rows = json.loads(told.stdout)
+    assert [row["dialogue"] for row in rows] == ["one", "two"]
+    assert all(0 < len(row["response"].split()) <= 4 for row in rows)
+    assert [line.split("\t")[0] for line in table.stdout.splitlines()] == ["one", "two"]
+
+
+def test_a_run_is_scored_whatever_it_started_from(corpus: Path, judge: Path, tmp_path: Path) -> None:
+    torch.manual_seed(9)
+    words = len(load_tokenizer("", corpus))
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))}
+    BartForConditionalGeneration(BartConfig(vocab_size=words, d_model=16, max_position_embeddings=256, **sides)).save_pretrained(tmp_path / "bart")
+    given = [word for word in TRAIN if not word.startswith("model.width")] + ["run.steps=2", "run.save_every=2"]
+    (tmp_path / "held.txt").write_text("e\nf\n")
+    given += [f"data.corpora=[{corpus}]", f"data.held_out={tmp_path / 'held.txt'}", f"run.output={tmp_path / 'run'}"]
+    config = load(RunConfig, None, [*given, f"model.generator.source={tmp_path / 'bart'}"])
+    pretrain(config)
+    shutil.rmtree(tmp_path / "bart")
+    scored, _ = score_run(tmp_path / "run", emoscale.load(judge))
+    assert len(scored.generated) == len(scored.said) > 0
 
 
 def test_held_out_responses_are_scored_arm_beside_arm(trained: dict[str, Path], corpus: Path, judge: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_generator_with_weights_of_its_own(chats: Path, tmp_path: Path) -> Non
     stock = BartForConditionalGeneration(BartConfig(vocab_size=80, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
                                                     encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=2))  # fmt: skip
     stock.save_pretrained(tmp_path / "bart")
-    _, _, made = built(chats, f"model.generator={{source: {tmp_path / 'bart'}, type: ''}}")
+    _, _, made = built(chats, f"model.generator.source={tmp_path / 'bart'}")
     mine = made.model.backbone.model
     torch.testing.assert_close(mine.model.shared.weight, stock.model.shared.weight)
     torch.testing.assert_close(mine.model.decoder.layers[0].fc1.weight, stock.model.decoder.layers[0].fc1.weight)
