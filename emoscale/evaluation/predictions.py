@@ -35,6 +35,14 @@ class Predictions:
     seed: int = 0
     """Training seed; scores are averaged over seeds."""
 
+    def without(self, aside: int) -> Predictions:
+        """Leave out the rows of one class, as if there were none: later classes count from one less, and whoever answers it is wrong."""
+        truth, predicted = np.asarray(self.truth), np.asarray(self.predicted)
+        rows = np.flatnonzero(truth != aside)
+        answers = np.where(predicted == aside, OTHER, predicted - (predicted > aside))
+        ids, speakers = ([names[row] for row in rows] if names else names for names in (self.ids, self.speakers))
+        return Predictions((truth - (truth > aside))[rows], answers[rows], ids, speakers, self.split, self.seed)
+
 
 def check_labels(truth: NDArray[Any], predicted: NDArray[Any], classes: Sequence[str], ids: Sequence[str] = ()) -> None:
     """Refuse labels no score can be taken from.

@@ -78,6 +78,8 @@ class FinetuneConfig(ArmConfig):
     """Column, or key of a record's label, that holds the class; empty = `label` of a CSV, `emotion` of records."""
     classes: list[str] = field(default_factory=list)
     """Classes scored, in this order; empty = all that occur, sorted."""
+    aside: str = ""
+    """Class that gives itself away (of pictures from a studio, say neutral): the others are scored without its rows too."""
     verbalisers: dict[str, str] = field(default_factory=dict)
     """Class → the word that stands for it in a prompt; a class that is missing here stands for itself."""
     template: str = "{text} I am [MASK] ."
@@ -270,6 +272,7 @@ def _prepare(config: FinetuneConfig) -> tuple[dict[str, Arm], LabelledSet, list[
     corpus = Corpus(config.corpus)
     key = config.label_key or default_key(config.labels)
     data = labelled_set(corpus, read_labels(config.labels, corpus, key), key=key, classes=config.classes, only=config.only)
+    _check_aside(config.aside, data.classes)
     sections = config.arms or {"finetune": {}}
     base = {name: getattr(config, name) for name in ("init", "head", "mode", "modalities", "fraction", "text_init")}
     read = {name: from_mapping(ArmConfig, base | (section or {}), f"arms.{name}") for name, section in sections.items()}
@@ -301,6 +304,11 @@ def _asked(config: FinetuneConfig, arms: dict[str, ArmConfig], data: LabelledSet
     if hidden and len(hidden) < len(arms):
         raise ConfigError(f"arms: {', '.join(sorted(hidden))} forecast, the others see the utterance itself; compare them in two runs")
     return forecasts(data, corpus, same_speaker=config.same_speaker) if hidden else data
+
+
+def _check_aside(aside: str, classes: list[str]) -> None:
+    if aside and (aside not in classes or len(classes) < 3):
+        raise ConfigError(f"aside: {aside!r} is none of three or more classes; there are {', '.join(classes)}")
 
 
 def _check_reported(config: FinetuneConfig) -> None:

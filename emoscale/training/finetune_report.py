@@ -13,7 +13,7 @@ import numpy as np
 
 from emoscale.data.labelled import LabelledSet
 from emoscale.evaluation.folders import corpus_section, curves_section, environment_section
-from emoscale.evaluation.metrics import paired_difference, score_runs
+from emoscale.evaluation.metrics import Scores, paired_difference, score_runs
 from emoscale.evaluation.page import Section
 from emoscale.evaluation.predictions import Predictions
 from emoscale.evaluation.report import (
@@ -45,6 +45,7 @@ def summarise(folder: Path, outcomes: list[Outcome], data: LabelledSet, config: 
     if config.oracle:
         runs[ORACLE] = _oracle(config.oracle, next(iter(runs.values())), data.classes)
     scores = {name: score_runs(parts, data.classes) for name, parts in runs.items()}
+    rest = _all_but(config.aside, runs, data.classes)
     differences = {f"{a} − {b}": paired_difference(runs[a], runs[b], data.classes) for a, b in config.compare}
     warnings = [] if config.selection == "validation" else ["Steps were chosen on the test split, as published: these figures are upper bounds."]
     warnings += [f"{row['found']} of {row['scored']} scored utterances were pre-trained on ({', '.join(row['corpora'])})." for row in heard if row.get("found")]
@@ -54,6 +55,7 @@ def summarise(folder: Path, outcomes: list[Outcome], data: LabelledSet, config: 
         "selection": config.selection,
         "overlap": list(heard),
         "arms": {name: value.to_dict() for name, value in scores.items()},
+        "all_but": {config.aside: {name: value.to_dict() for name, value in rest.items()}} if rest else {},
         "differences": {name: {metric: vars(interval) for metric, interval in rows.items()} for name, rows in differences.items()},
         "runs": [
             {
@@ -76,6 +78,8 @@ def summarise(folder: Path, outcomes: list[Outcome], data: LabelledSet, config: 
     told = protocol_note(config, outcomes)
     scored = scores_section(scores, command=command, source=source, differences=differences or None, warning=warning)
     sections: list[Section] = [replace(scored, notes=(told, *scored.notes))]
+    if rest:
+        sections.append(scores_section(rest, command=command, source=source, title=f"Scores of all but {config.aside}"))
     sections += [classes_section(scores, command=command, source=source), confusion_section(scores, command=command, source=source)]
     sections += [speakers_section(runs, command=command, source=str(folder / "predictions.csv"))]
     last = outcomes[-1]
@@ -87,6 +91,14 @@ def summarise(folder: Path, outcomes: list[Outcome], data: LabelledSet, config: 
     sections.append(environment_section(folder, command=command))
     write_report(folder / "report.html", title="Emotion recognition", sections=sections)
     return results
+
+
+def _all_but(aside: str, runs: dict[str, list[Predictions]], classes: list[str]) -> dict[str, Scores]:
+    """Score every arm on the rows of the other classes; nothing where none is set aside."""
+    if not aside:
+        return {}
+    place, others = classes.index(aside), [name for name in classes if name != aside]
+    return {name: score_runs([part.without(place) for part in parts], others) for name, parts in runs.items()}
 
 
 def _oracle(table: str, like: list[Predictions], classes: list[str]) -> list[Predictions]:

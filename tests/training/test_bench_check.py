@@ -10,7 +10,7 @@ import pytest
 
 from emoscale.config import ConfigError, EmoscaleError, load
 from emoscale.training import bench_check as check
-from emoscale.training.bench_check import FALL, Verdict, attempted, bench_check, ratios_of, told
+from emoscale.training.bench_check import FALL, Verdict, attempted, bench_check, ratios_of, told, wanted_of
 from emoscale.training.bench_prepare import PrepareBenchConfig, about
 from emoscale.training.bench_step import COMPILED
 
@@ -63,6 +63,16 @@ def test_a_ratio_may_fall_by_so_much(found: float | None, holds: bool) -> None:
     assert Verdict("step, padded", 2.0, found).holds is holds
 
 
+def test_what_is_wanted_and_was_reached_is_the_floor() -> None:
+    assert Verdict("padded", 2.0, 1.85, wanted=1.9).holds is False
+    assert Verdict("padded", 2.0, 1.9, wanted=1.9).holds is True
+    assert Verdict("padded", 2.0, 1.71, wanted=2.1).holds is True, "it was not reached when it was committed"
+    assert wanted_of("step", {"wanted": {"padded": 1.8}}) == {"padded": 1.8}
+    more = data() | {"wanted_ratio_to_streaming": 0.7, "wanted_share_of_collate": 0.3}
+    assert wanted_of("data", more) == {"ratio_to_streaming_workers_0": 0.7}
+    assert wanted_of("prepare", {"2/speed_up": 1.9}) == {}
+
+
 def test_ratios_are_compared_and_nothing_else() -> None:
     assert ratios_of("step", step()) == {"padded": 2.0, "published": 3.0}
     assert ratios_of("step", step(device="NVIDIA H200")) == {"padded": 0.1, "published": 0.1}
@@ -88,7 +98,7 @@ def test_all_that_is_committed_is_run_as_it_was(committed: Path, again: dict[str
 
 def test_a_fall_is_an_error_that_names_it(committed: Path, again: dict[str, list[Any]]) -> None:
     again["step"] = [step(padded=1.6), step(padded=1.65), step(padded=1.5)]
-    with pytest.raises(EmoscaleError, match=r"1 of 2 ratios fell by more than 15%: step, padded: 1\.650, committed 2\.000") as caught:
+    with pytest.raises(EmoscaleError, match=r"1 of 2 ratios have fallen: step, padded: 1\.650, at least 1\.700, committed 2\.000") as caught:
         bench_check(words(committed, "benches=[step]"))
     assert caught.value.status == 1
     assert not again["step"]
@@ -98,14 +108,14 @@ def test_a_fall_is_an_error_that_names_it(committed: Path, again: dict[str, list
 
 def test_the_best_of_each_ratio_counts_and_no_more_runs_are_made_than_needed() -> None:
     runs = [step(padded=1.0, published=3.0), step(padded=2.0, published=1.0), step()]
-    verdicts = attempted("step", {"padded": 2.0, "published": 3.0}, lambda: runs.pop(0), 3)
+    verdicts = attempted("step", {"padded": 2.0, "published": 3.0}, {}, lambda: runs.pop(0), 3)
     assert all(verdict.holds for verdict in verdicts)
     assert len(runs) == 1
 
 
 def test_a_ratio_that_is_no_longer_measured_has_fallen() -> None:
-    (verdict,) = attempted("step", {"gone": 2.0}, step, 2)
-    assert str(verdict) == "step, gone: not measured, committed 2.000"
+    (verdict,) = attempted("step", {"gone": 2.0}, {}, step, 2)
+    assert str(verdict) == "step, gone: not measured, at least 1.700, committed 2.000"
     assert not verdict.holds
 
 

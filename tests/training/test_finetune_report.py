@@ -7,11 +7,11 @@ import re
 import numpy as np
 import pytest
 
-from emoscale.config import load
+from emoscale.config import ConfigError, load
 from emoscale.data.labelled import labelled_set, read_labels
 from emoscale.data.streams import Corpus
 from emoscale.evaluation.predictions import Predictions
-from emoscale.training.finetune import FinetuneConfig
+from emoscale.training.finetune import FinetuneConfig, check
 from emoscale.training.finetune_outcomes import Outcome
 from emoscale.training.finetune_report import ORACLE, summarise
 from tests.tuned import CLASSES, Tuned, predictions, results
@@ -84,3 +84,24 @@ def test_the_oracle_answers_the_rows_of_the_arms(tuned: Tuned, tmp_path_factory:
     assert found["arms"]["bad"]["uar"] == 0.0
     assert found["arms"][ORACLE]["uar"] == 1.0
     assert found["arms"][ORACLE]["utterances"] == len(rows)
+
+
+def test_a_class_that_gives_itself_away_is_left_out_beside(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("aside")
+    config = load(FinetuneConfig, None, [*tuned.words(folder)[1:], f"aside={CLASSES[1]}"])
+    config.compare = []
+    corpus = Corpus(config.corpus)
+    data = labelled_set(corpus, read_labels(config.labels, corpus, "label"), key="label", classes=CLASSES, only="")
+    (folder / "environment.json").write_text("{}")
+    rows = np.arange(84)
+    answers = np.where(rows % 3 == 0, 1, data.labels[rows])  # every third is called by the class that is set aside
+    asked = Predictions(data.labels[rows], answers, [data.ids[i] for i in rows], [data.speakers[i] for i in rows], "1", 1)
+    found = summarise(folder, [Outcome("one", 1, "1", 4, 0.0, 0.0, asked, np.eye(4)[answers], 10)], data, config)
+    others = [i for i in rows if data.labels[i] != 1]
+    scored = found["all_but"][CLASSES[1]]["one"]
+    assert scored["classes"] == [name for name in CLASSES if name != CLASSES[1]]
+    assert scored["wa"] == pytest.approx(np.mean([i % 3 != 0 for i in others]))
+    assert scored["utterances"] == len(others) < found["arms"]["one"]["utterances"] == 84
+    assert f"Scores of all but {CLASSES[1]}" in (folder / "report.html").read_text()
+    with pytest.raises(ConfigError, match="aside: 'bored' is none of three or more classes"):
+        check(load(FinetuneConfig, None, [*tuned.words(folder)[1:], "aside=bored"]))
