@@ -38,9 +38,9 @@ class Predictions:
     def without(self, aside: int) -> Predictions:
         """Leave out the rows of one class, as if there were none: later classes count from one less, and whoever answers it is wrong."""
         truth, predicted = np.asarray(self.truth), np.asarray(self.predicted)
-        rows = np.flatnonzero(truth != aside)
+        rows: list[int] = np.flatnonzero(truth != aside).tolist()
         answers = np.where(predicted == aside, OTHER, predicted - (predicted > aside))
-        ids, speakers = ([names[row] for row in rows] if names else names for names in (self.ids, self.speakers))
+        ids, speakers = ([names[row] for row in rows] if names else [] for names in (self.ids, self.speakers))
         return Predictions((truth - (truth > aside))[rows], answers[rows], ids, speakers, self.split, self.seed)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emoscale.config import ConfigError
+from emoscale.config import ConfigError, load
 from emoscale.training import bench_step as bench
 from emoscale.training.bench_step import BERT, COMPILED, OURS, SAME_LOSS, SCHEDULE, bench_step, told
 from emoscale.training.step_model import BenchConfig, synthetic_batches, task_model
@@ -78,6 +78,25 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     found = bench_step([*TINY, "steps=0", f"output={tmp_path}"])
     assert found["absent"] == {COMPILED: "RuntimeError: no C++ compiler was found"}
     assert COMPILED not in found["sides"]
+
+
+def test_a_peer_that_needs_too_much_memory_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def hungry(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(bench.Published, "loss", hungry)
+    found = bench_step([*TINY, "compile=false", "steps=2", f"output={tmp_path}"])
+    assert found["absent"]["published"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB"
+    assert set(found["sides"]) == {OURS, "padded", BERT}
+    assert found["loss_differences"]["padded"] <= SAME_LOSS, "the trial changed no weight"
+
+
+def test_on_a_gpu_more_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "GPU_WORKLOAD", {"device": "cpu", "size": "tiny"})
+    result = bench.measured(load(BenchConfig, None, [*TINY, "compile=false", "steps=0"]))
+    assert result["wanted"] == {"padded": 3.0, "published": 1.5, "mfu": 0.40, "schedule_hours": 1.5}
+    lines = [line.split() for line in told(result).splitlines() if line.startswith("ours, ")]
+    assert [(line[1], float(line[-1])) for line in lines] == [("mfu", 0.4), ("schedule_hours", 1.5)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
