@@ -16,9 +16,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "benchmarks" / "faults"
-COLUMNS = ("fault", "where", "injections", "lost_or_twice", "steps_repeated", "resume_s", "equal", "commit")
+COLUMNS = ("fault", "where", "injections", "lost_or_twice", "steps_repeated", "resume_s", "equal", "package")
 """Keys of a row; whoever injects a fault writes them."""
-HEAD = "| fault | where | injections | utterances lost or seen twice | steps repeated | time to resume, s | end equal | commit |\n|---|---|---|---|---|---|---|---|"
+HEAD = "| fault | where | injections | utterances lost or seen twice | steps repeated | time to resume, s | end equal | package |\n|---|---|---|---|---|---|---|---|"
 
 
 def results() -> Path:
@@ -47,7 +47,7 @@ class Ledger:
         row = {
             "fault": self.fault, "where": self.where, "injections": len(self.done), "lost_or_twice": sum(one["lost_or_twice"] for one in self.done),
             "steps_repeated": [min(repeated), max(repeated)] if repeated else None, "resume_s": round(statistics.median(one["resume_s"] for one in self.done), 2),
-            "equal": all(one["equal"] for one in self.done), "commit": commit(), "package": self.package, "each": self.done,
+            "equal": all(one["equal"] for one in self.done), "package": self.package, "each": self.done,
         }  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".writing")
@@ -55,14 +55,8 @@ class Ledger:
         os.replace(aside, self.path)
 
 
-def commit() -> str:
-    """Give the commit, with a plus where the package differs from it."""
-    dirty = _git("status", "--porcelain", "emoscale")
-    return _git("rev-parse", "--short=10", "HEAD") + ("+" if dirty else "")
-
-
 def package() -> str:
-    """Name the state of the package: results of another are no part of a row."""
+    """Name the state of the package by its content, `git rev-parse HEAD:emoscale`, which outlives commits: results of another are no part of a row."""
     return _git("rev-parse", "--short=10", "HEAD:emoscale") + (
         f"+{_git('diff', 'HEAD', '--stat', '--', 'emoscale').splitlines()[-1].strip()}" if _git("status", "--porcelain", "emoscale") else ""
     )
@@ -79,7 +73,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         repeated = "–" if row["steps_repeated"] is None else "–".join(str(step) for step in dict.fromkeys(row["steps_repeated"]))
         lines.append(
             f"| {row['fault']} | {row['where']} | {row['injections']} | {row['lost_or_twice']} | {repeated} | {row['resume_s']} | "
-            f"{'yes' if row['equal'] else 'no'} | `{row['commit']}` |"
+            f"{'yes' if row['equal'] else 'no'} | `{row['package']}` |"
         )
     return "\n".join(lines)
 
@@ -116,7 +110,7 @@ def soaked(found: dict[str, Any]) -> str:
     """Write what a soak has shown as Markdown."""
     faults = ", ".join(f"{count} × {name}" for name, count in found["faults"].items())
     lines = [
-        f"- commit `{found['commit']}`: {found['steps']} steps on {found['ranks']} ranks, {faults}; {found['steps_computed']} steps were computed, {found['resume_s']} s to resume (median)",
+        f"- package `{found['package']}`: {found['steps']} steps on {found['ranks']} ranks, {faults}; {found['steps_computed']} steps were computed, {found['resume_s']} s to resume (median)",
         f"- utterances lost or seen twice: {found['lost_or_twice']}; metrics, weights, moments and random states of the end equal, bit for bit: {'yes' if found['equal'] else 'no'}",
         *(f"- memory of rank 0, {name}: {value:.2f} MiB" for name, value in found["rss_mib"].items()),
         *(

@@ -13,7 +13,7 @@ from typing import Any
 
 from emoscale.data.synthetic import Synthetic
 from tests.corpora import write_corpus
-from tests.faults.ledger import commit, package, results
+from tests.faults.ledger import package, results
 from tests.faults.trials import Attempt, miscounted_ids, newest, records_of
 from tests.training.forks import Forks
 
@@ -148,7 +148,7 @@ def figures(struck: dict[str, Any], calm: list[dict[str, Any]], lost: int, equal
             "struck, per start": round(slope([(float(i), one["settled_mib"]) for i, one in enumerate(attempts) if one["settled_mib"]]), 3),
         },
         "shm_entries": [attempts[0]["shm"], max(one["shm"] for one in attempts), attempts[-1]["shm"]], "tmp_entries": [attempts[0]["tmp"], max(one["tmp"] for one in attempts), attempts[-1]["tmp"]],
-        "commit": commit(),
+        "package": package(),
     }  # fmt: skip
 
 

@@ -16,7 +16,6 @@ ONE = {"lost_or_twice": 0, "repeated": 3, "resume_s": 1.5, "equal": True}
 def test_a_row_is_kept_after_each_injection_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMOSCALE_FAULT_RESULTS", str(tmp_path))
     monkeypatch.setattr(ledger, "package", lambda: "this state")
-    monkeypatch.setattr(ledger, "commit", lambda: "abc")
     Ledger("kill -9 in forward").add(ONE)
     again = Ledger("kill -9 in forward")
     again.add(ONE | {"repeated": 1, "resume_s": 2.5, "lost_or_twice": 2, "equal": False})
@@ -40,7 +39,7 @@ def test_rows_of_others_are_published_beside_ours(tmp_path: Path) -> None:
         "steps_repeated": None,
         "resume_s": 31.0,
         "equal": True,
-        "commit": "abc",
+        "package": "abc",
     }
     (tmp_path / "drained.json").write_text(json.dumps(row | {"log": "more"}))
     (tmp_path / "forward.json").write_text(json.dumps(row | {"fault": "kill", "where": "in process", "steps_repeated": [2, 2], "equal": False}))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.faults.ledger import package
 from tests.fuzz.runner import Tally, attempt, try_all
 from tests.fuzz.seeds import Seeds
 from tests.fuzz.surfaces import SURFACES
@@ -34,8 +34,7 @@ def main() -> int:
 
 
 def _run(seeds: Seeds, given: argparse.Namespace) -> int:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    about = {"commit": commit, "seed": given.seed, "inputs": given.inputs}
+    about = {"package": package(), "seed": given.seed, "inputs": given.inputs}
     known = json.loads(given.result.read_text()) if given.result.is_file() else {}
     if any(known.get(key) != value for key, value in about.items()):
         known = {}

@@ -218,8 +218,8 @@ class Seeds:
         from emoscale.prepare.teacher import FORMAT, _network
 
         torch.manual_seed(0)
-        about = {"format": FORMAT, "classes": ["happy", "sad"], "side": 16, "width": 2, "training": {}, "faces": {}, "report": {}}
-        weights = {name: value.contiguous() for name, value in _network(2, 2).state_dict().items()}
+        about = {"format": FORMAT, "classes": ["happy", "sad"], "side": 16, "width": 4, "training": {}, "faces": {}, "report": {}}
+        weights = {name: value.contiguous() for name, value in _network(4, 2).state_dict().items()}
         return {"config.json": json.dumps(about).encode(), "model.safetensors": save(weights)}
 
     @cached_property

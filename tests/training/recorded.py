@@ -49,6 +49,8 @@ def _sequences(batch: Any) -> list[tuple[str, str]]:
         names = batch.sequences.ids
         asked = [(f"search {batch.ids[row]}", _hash([names[n] for n in among])) for row, among in _searches(batch)]
         return _sequences(batch.sequences) + asked
+    if hasattr(batch, "answers"):
+        return [(name, _hash(_sample(batch, n))) for n, name in enumerate(batch.ids)]
     if hasattr(batch, "pictures"):
         texts = batch.text.split(batch.lengths)
         return [(name, _hash([text.tolist(), picture.tolist()])) for name, text, picture in zip(batch.ids, texts, batch.pictures, strict=True)]
@@ -68,6 +70,15 @@ def _content(batch: Any, first: int, end: int) -> list[Any]:
     withheld = [getattr(batch, f"{name}_masked")[own(getattr(batch, f"{name}_rows"))].tolist() for name in ("visual", "acoustic")]
     asked = {name: (targets.rows[own(targets.rows)] - first).tolist() for name, targets in sorted(batch.targets.items())}
     return [batch.text[own(batch.text_rows)].tolist(), withheld, asked]
+
+
+def _sample(batch: Any, n: int) -> list[Any]:
+    """Give what is read of one dialogue, and what is answered."""
+    width = batch.valid.shape[1]
+    read = [values[rows // width == n].tolist() for values, rows in ((batch.text, batch.text_rows), (batch.pictures, batch.picture_rows))]
+    asked = (batch.targets["response"].rows // batch.answers.shape[1]).unique()  # not the row that stands in where nobody answers
+    own = [row for row in asked.tolist() if batch.answer_of[row] == n]
+    return [*read, [batch.answers[row][batch.answer_valid[row]].tolist() for row in own]]
 
 
 def _hash(content: Any) -> str:

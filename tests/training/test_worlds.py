@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chats import write_chats
 from tests.corpora import write_corpus
 from tests.pairs import STILL, SYSTEM, TEXT, Pictured
 from tests.training.forks import Forks
@@ -28,6 +29,10 @@ SYSTEMS = {
     "bi_encoder": [
         *PLAIN, *SYSTEM, "data.global_batch=16", "data.max_tokens=256", f"model.encoders.text={{type: bert, options: {json.dumps(TEXT['bert'] | STILL['bert'])}}}",
     ],
+    "response": [
+        *PLAIN, "system=response", "model.size=tiny", "model.width=32", "model.dropout=0", "turns.context=3", "turns.ground=response",
+        "data.global_batch=8", "data.max_tokens=512",
+    ],
 }  # fmt: skip
 LIMIT = 1e-4
 
@@ -41,7 +46,7 @@ def corpora(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     talks = Talks(Synthetic(48, visual_width=6, acoustic_width=5, expressions=0), {name: 9 + i % 3 for i, name in enumerate("abcdefghi")})
     return {
         "memobert": corpus, "tcmp": write_corpus(folder / "talks", talks.items, talks.manifest),
-        "bi_encoder": write_corpus(folder / "pictured", pictured.items, pictured.manifest),
+        "bi_encoder": write_corpus(folder / "pictured", pictured.items, pictured.manifest), "response": write_chats(folder / "chats"),
     }  # fmt: skip
 
 

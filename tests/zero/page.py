@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.faults.ledger import ROOT, between, commit
+from tests.faults.ledger import ROOT, between, package
 
 FOUND = ROOT / "build" / "zero" / "cells.json"
 PAGE = ROOT / "benchmarks" / "zero" / "README.md"
@@ -37,8 +37,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def publish(found: Path = FOUND, page: Path = PAGE) -> None:
     """Write the table and its rows."""
     rows = json.loads(found.read_text())
-    page.with_name("cells.json").write_text(json.dumps({"commit": commit(), "cells": rows}, indent=1) + "\n")
-    page.write_text(between(page.read_text(), "cells", f"Commit `{commit()}`, {len(rows)} cells:\n\n{table(rows)}"))
+    page.with_name("cells.json").write_text(json.dumps({"package": package(), "cells": rows}, indent=1) + "\n")
+    page.write_text(between(page.read_text(), "cells", f"Package `{package()}` (`git rev-parse HEAD:emoscale`), {len(rows)} cells:\n\n{table(rows)}"))
 
 
 if __name__ == "__main__":
