@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from torch import nn
 
+from emoscale import distributed
 from emoscale.config import ConfigError
-from emoscale.training.engine import OptimConfig, ZeroConfig, _groups
+from emoscale.training.engine import Engine, OptimConfig, ZeroConfig, _groups
+from emoscale.training.step_model import BenchConfig, scales_of, synthetic_batches, task_model
 from tests.training.equality import SMALL, cases, key_of
 from tests.training.forks import Forks
 
@@ -166,3 +168,27 @@ def test_learning_rates_by_name():
 def test_small_micro_batches_hold_the_longest_utterance():
     """Otherwise "accumulated" would test bins of one utterance alone."""
     assert SMALL >= 32 + 36 + 64
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("stage", "parameters"), [(1, False), (2, False), (3, False), (3, True)])
+def test_what_is_moved_to_the_host_trains_alike(stage: int, parameters: bool):
+    distributed.init()
+    try:
+        config = BenchConfig(size="tiny", utterances=8)
+        batches = [batch.to("cuda") for batch in synthetic_batches(config, 4)]
+        found = []
+        for moved in ({}, {"offload_optimizer": True, "offload_parameters": parameters}):
+            engine = Engine(task_model(config).to("cuda"), OptimConfig(), ZeroConfig(stage=stage, **moved), "bf16")
+            losses = []
+            for batch in batches:
+                loss = engine.forward(batch, scales_of(batch))[0]
+                engine.backward(loss)
+                assert engine.step(1e-3).applied
+                losses.append(float(loss))
+            found.append(losses)
+            engine.close()
+        assert found[1] == pytest.approx(found[0], rel=1e-3)
+        assert found[0][-1] != found[0][0]
+    finally:
+        distributed.shutdown()
