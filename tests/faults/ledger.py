@@ -112,7 +112,7 @@ def soaked(found: dict[str, Any]) -> str:
     lines = [
         f"- package `{found['package']}`: {found['steps']} steps on {found['ranks']} ranks, {faults}; {found['steps_computed']} steps were computed, {found['resume_s']} s to resume (median)",
         f"- utterances lost or seen twice: {found['lost_or_twice']}; metrics, weights, moments and random states of the end equal, bit for bit: {'yes' if found['equal'] else 'no'}",
-        *(f"- memory of rank 0, {name}: {value:.2f} MiB" for name, value in found["rss_mib"].items()),
+        *(f"- memory, {name}: {value:.2f} MiB" for name, value in found["rss_mib"].items()),
         *(
             f"- entries of {name}, after the first start, at most, at the end: {' · '.join(map(str, found[key]))}"
             for name, key in (("/dev/shm", "shm_entries"), ("the temporary folder", "tmp_entries"))

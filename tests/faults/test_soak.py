@@ -8,11 +8,11 @@ import os
 import pytest
 
 from tests.faults.ledger import results
-from tests.faults.soak import PRIVATE, STEPS, STRETCH, Soak, figures, place, slope
+from tests.faults.soak import PRIVATE, STEPS, STRETCH, WORLD, Soak, figures, place, slope
 from tests.faults.trials import records_of, same
 
-GROWTH = 5.0
-"""MiB per 1,000 steps that count as none: the allocator settles."""
+GROWTH = 1.5
+"""MiB per 1,000 steps that count as none, once the allocator has settled."""
 
 
 def test_the_slope_of_a_line() -> None:
@@ -26,14 +26,14 @@ def test_the_slope_of_a_line() -> None:
 def test_two_thousand_steps_under_fire() -> None:
     soaks = {struck: Soak(place(struck), struck=struck) for struck in (False, True)}
     shown = {struck: soak.go_on() for struck, soak in soaks.items()}
-    calm = records_of(soaks[False].folder / "attempt-000", 0, 0)
+    calm = [records_of(soaks[False].folder / "attempt-000", rank, 0) for rank in range(WORLD)]
     found = figures(shown[True], calm, soaks[True].lost_or_twice(), same(soaks[True].run, soaks[False].run, STEPS))
     (results() / "soak" / "figures.json").write_text(json.dumps(found, indent=1))
     assert found["equal"]
     assert found["lost_or_twice"] == 0
     assert sum(found["faults"].values()) >= STEPS // STRETCH - 1
     assert min(found["faults"].values()) >= 5
-    assert found["rss_mib"]["calm, per 1000 steps"] < GROWTH
+    assert next(value for name, value in found["rss_mib"].items() if name.startswith("calm, per 1000 steps")) < GROWTH
     assert abs(found["rss_mib"]["struck, per start"]) < 0.5
     assert found["shm_entries"][1] == 0
     assert found["tmp_entries"][2] == 0
