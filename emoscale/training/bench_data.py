@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,12 @@ WANTED = {"streaming": 0.7, "webdataset": 1.0}
 """Least rate of the loader, as a multiple of each peer's."""
 WANTED_COLLATE = 0.3
 """Largest share of the loader's time that collating may take."""
+GPU_BATCH, GPU_PACE = 640, 40_000 * 640 / (75 * 60)
+"""Utterances per step of MEmoBERT's schedule, and per second where a GPU ends it in 75 minutes."""
+WANTED_WAIT = 0.05
+"""Largest share of a step at that pace for which the loop may wait for data."""
+EASE, PACED = 0.5, 16
+"""Share of the loader's own rate at which a paced loop takes, so that workers are ahead of it, as they must be of a GPU; and its steps."""
 
 
 @dataclass
@@ -107,8 +113,15 @@ def _measured(config: DataBenchConfig, folder: Path) -> dict[str, Any]:
     }
     for workers in config.workers:
         found |= {f"{name}_workers_{workers}": value for name, value in _compared(config, corpus, folder, workers, size).items()}
+        if workers:
+            found |= {
+                f"{name}_workers_{workers}": value for name, value in _paced(config, corpus, workers, found[f"ours_utterances_per_s_workers_{workers}"]).items()
+            }
     found |= {f"share_of_{name}": share for name, share in _shares(_steps(config, corpus), config.utterances // config.batch).items()}
-    found |= {f"wanted_ratio_to_{name}": ratio for name, ratio in WANTED.items()} | {"wanted_share_of_collate": WANTED_COLLATE}
+    found |= {f"wanted_ratio_to_{name}": ratio for name, ratio in WANTED.items()} | {
+        "wanted_share_of_collate": WANTED_COLLATE,
+        "wanted_share_of_wait": WANTED_WAIT,
+    }
     return found | {"machine": environment(), "time": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
 
 
@@ -133,6 +146,27 @@ def _compared(config: DataBenchConfig, corpus: Path, folder: Path, workers: int,
         | {f"ratio_to_{name}": ratio for name, ratio in ratios.items()}
         | {"first_pass_utterances_per_s": config.utterances / first, "seconds": times}
     )
+
+
+def _paced(config: DataBenchConfig, corpus: Path, workers: int, rate: float) -> dict[str, float]:
+    """Measure how long the loop waits for a step of the schedule where workers are ahead of it, and what that is of a step at a GPU's pace.
+
+    What is left of the wait is the loop's own part of the loader: opening what a worker has made. More workers do not change it; how many
+    of them the pace needs is counted from what these make.
+    """
+    own = replace(config, batch=min(GPU_BATCH, config.utterances))
+    pause = own.batch / (EASE * rate)
+    waits, begun = [], time.perf_counter()
+    for _ in _steps(own, corpus).iterate(0, PACED, workers=workers):
+        waits.append(time.perf_counter() - begun)
+        time.sleep(max(0.0, pause - waits[-1]))
+        begun = time.perf_counter()
+    late = waits[PACED // 2 :]  # the workers start, and get ahead
+    mean = sum(late) / len(late)
+    return {
+        "wait_s_per_step": mean, "wait_longest_s": max(late), "share_of_wait_at_gpu_pace": mean * GPU_PACE / own.batch,
+        "workers_at_gpu_pace": GPU_PACE * workers / rate,
+    }  # fmt: skip
 
 
 def _steps(config: DataBenchConfig, folder: Path) -> Steps:

@@ -32,11 +32,20 @@ def test_every_figure_is_told(tmp_path: Path) -> None:
         assert found[f"{name}_utterances_per_s_workers_0"] == pytest.approx(24 / np.median(times[name]))
     assert found["bytes_per_utterance"] == 2 * (3 * 5 + 4 * 6 + 3 * 8)
     shares = {name: value for name, value in found.items() if name.startswith("share_of_")}
+    assert not any("wait" in name for name in found if name != "wanted_share_of_wait"), "without workers nobody waits"
     assert sum(shares.values()) == pytest.approx(1)
     assert {f"share_of_{part}" for _, _, part in PARTS} <= set(shares)
     assert [getattr(owner, name) for owner, name, _ in PARTS] == before, "the clocks are taken off again"
     assert (bench_data.loader.pack, Steps.__module__) == (pack, "emoscale.data.loader")
     assert torch.get_num_threads() == threads
+
+
+def test_the_wait_of_a_loop_whose_workers_are_ahead_is_told(tmp_path: Path) -> None:
+    found = BENCHES["data"]([*SMALL, "utterances=48", "workers=[1]", f"output={tmp_path}"])
+    wait, rate = found["wait_s_per_step_workers_1"], found["ours_utterances_per_s_workers_1"]
+    assert 0 < wait <= found["wait_longest_s_workers_1"] < 1
+    assert found["share_of_wait_at_gpu_pace_workers_1"] == pytest.approx(wait / 48 * 40_000 * 640 / 4500)
+    assert found["workers_at_gpu_pace_workers_1"] == pytest.approx(40_000 * 640 / 4500 / rate)
 
 
 @pytest.mark.parametrize("word", ["repeats=4", "batch=0", "threads=0", "workers=[-1]", "workers=[]", "utterances=30"])
@@ -53,6 +62,7 @@ def test_the_loader_keeps_up_with_plain_loops(tmp_path: Path) -> None:
         assert found[f"ratio_to_streaming_workers_{workers}"] >= found["wanted_ratio_to_streaming"]
         assert found[f"ratio_to_webdataset_workers_{workers}"] >= found["wanted_ratio_to_webdataset"]
     assert found["share_of_collate"] <= found["wanted_share_of_collate"]
+    assert found["share_of_wait_at_gpu_pace_workers_2"] <= found["wanted_share_of_wait"]
 
 
 def test_the_corpus_is_one_that_training_reads(tmp_path: Path) -> None:
