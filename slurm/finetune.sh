@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune by an array of jobs, one per seed and fold; a last job gathers their outcomes into one report.
 #   SEEDS="1 2 3" FOLDS="0 1 2 3 4" sbatch slurm/finetune.sh configs/finetune/demo-report.yaml
+# A file that names a system (configs/finetune/respond-demo.yaml) is one run of the loop of pre-training: slurm/pretrain.sh takes it.
 # Outcomes lie in <output>/outcomes, so a job that is submitted again runs what is missing alone.
 #SBATCH --job-name=emoscale-finetune
 #SBATCH --ntasks=1

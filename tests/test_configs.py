@@ -10,6 +10,10 @@ from omegaconf import OmegaConf
 
 from emoscale import config
 from emoscale.cli import schema
+from emoscale.objectives import DIALOGUE_OBJECTIVES, OBJECTIVES
+from emoscale.objectives.image_text import PAIR_OBJECTIVES
+from emoscale.training.build import read_from
+from emoscale.training.respond import read_response_objectives
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -82,3 +86,15 @@ def test_named_configs_exist(document: str) -> None:
     named = set(re.findall(r"configs/[\w./-]+\.yaml", (ROOT / document).read_text(encoding="utf-8")))
     missing = [name for name in named if not (ROOT / name).is_file()]
     assert not missing
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if stage_of(path) == "pretrain" and path.parent.name != "zero"], ids=name_of)
+def test_a_system_could_be_built_of_what_is_configured(path: Path) -> None:
+    """As far as the file alone tells: objectives are known, and texts fit."""
+    loaded = config.load(schema("pretrain"), path, ["data.corpora=[given]", "run.output=given"])
+    assert loaded.data.max_text + 2 <= loaded.model.positions
+    readers = {
+        "memobert": lambda given: read_from(OBJECTIVES, given), "tcmp": lambda given: read_from(DIALOGUE_OBJECTIVES, given),
+        "bi_encoder": lambda given: read_from(PAIR_OBJECTIVES, given), "response": read_response_objectives,
+    }  # fmt: skip
+    assert readers[loaded.system](loaded.objectives)

@@ -141,13 +141,24 @@ def load_tokenizer(name: str, corpus: Path | None) -> Any:
     if not source:
         raise ConfigError(f"data.tokenizer: {corpus} holds no tokenizer; name one, such as data.tokenizer=bert-base-uncased")
     try:
-        tokenizer = _tokenizer_class(Path(source)).from_pretrained(source, trust_remote_code=False)
+        kind = _tokenizer_class(Path(source))
+        tokenizer = kind.from_pretrained(source, trust_remote_code=False)
+        if _runs_words_together(tokenizer):  # saved with it, so a copy needs no second look
+            tokenizer = kind.from_pretrained(source, trust_remote_code=False, add_prefix_space=True)
         tokenizer(["a"], is_split_into_words=True, add_special_tokens=False)  # its files can say what it does not stand at use
     except Exception as error:  # the Rust tokenizers raise a bare Exception for a file they cannot parse
         raise ConfigError(f"data.tokenizer: {source} cannot be loaded ({' '.join(str(error).split())})") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"data.tokenizer: {source} is a slow tokenizer; give one with a tokenizer.json")
     return tokenizer
+
+
+def _runs_words_together(tokenizer: Any) -> bool:
+    """Whether words given one by one would have no space between them, as those of BART and RoBERTa are unless told otherwise."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    front = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
+    return isinstance(front, ByteLevel) and not front.add_prefix_space
 
 
 def _tokenizer_class(folder: Path) -> Any:

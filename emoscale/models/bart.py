@@ -30,7 +30,8 @@ NAMES = {
 def load_encoder(model: ResponseModel, weights: Mapping[str, Tensor]) -> None:
     """Copy words, positions, segments and layers; the decoder shares the words, and keeps its own layers.
 
-    An encoder that reads words alone then gives BERT's hidden states, but that its LayerNorms add 1e-5 to a variance, not 1e-12.
+    The encoder of words alone then gives BERT's hidden states, but that its LayerNorms add 1e-5 to a variance, not 1e-12; [IMG], pictures and
+    the numbers of turns come on top of that.
 
     Args:
         model: its words are those that the weights know, in the same order.

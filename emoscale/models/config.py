@@ -34,6 +34,20 @@ class TowerConfig:
 
 
 @dataclass
+class GeneratorConfig(TowerConfig):
+    """The encoder–decoder of Hugging Face that responds."""
+
+    type: str = "bart"
+    """Without a source: a model type of `transformers` with random weights, of the shape given here."""
+
+    def validate(self) -> None:
+        """Let a source say what it is."""
+        if self.source and self.type == "bart":  # the default
+            self.type = ""
+        super().validate()
+
+
+@dataclass
 class EncodersConfig:
     """Encoders in the place of the unified transformer; none = the unified transformer."""
 
@@ -72,9 +86,8 @@ class ModelConfig:
     """Beginnings of names of parameters, as in `optim.factors`, that are not trained, such as `[backbone.text., backbone.layers.0.]`."""
     encoders: EncodersConfig = field(default_factory=EncodersConfig)
     """Hugging Face models that encode utterances instead (`system: tcmp`, `bi_encoder`)."""
-    generator: TowerConfig = field(default_factory=TowerConfig)
-    """BART-like model that responds (`system: response`); without source and type a `bart`. Without a source it has the shape given here;
-    `data.tokenizer` must be a source's own."""
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    """BART-like model that responds (`system: response`); `data.tokenizer` must be a source's own."""
 
     def validate(self) -> None:
         """Fill what `size` gives and check the rest."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emoscale import distributed
@@ -95,7 +95,7 @@ def response_shape(model: ModelConfig, turns: TurnsConfig, encoder: Encoder) -> 
     Raises:
         ConfigError: the generator cannot be had, knows fewer words than the tokenizer or has fewer positions than turns may fill.
     """
-    tokenizer, tower = encoder.text.tokenizer, model.generator if model.generator.given else replace(model.generator, type="bart")
+    tokenizer, tower = encoder.text.tokenizer, model.generator
     if model.encoders.text.given or model.encoders.acoustic.given:
         raise ConfigError("model.encoders: words are read by model.generator, and voices are not heard; leave text and acoustic out")
     if tower.source and model.init:

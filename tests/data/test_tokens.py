@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
 from emoscale.batch import Utterance
 from emoscale.config import ConfigError, DataError
@@ -124,6 +125,23 @@ def test_a_folder_gives_the_tokenizer_that_transformers_chooses_for_it(folder: P
     assert ours.get_vocab() == usual.get_vocab()
     for text in ("the door is OPEN", "unheard-of [MASK] words", ""):
         assert ours(text)["input_ids"] == usual(text)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["BartTokenizerFast", "RobertaTokenizerFast"])
+def test_words_of_a_bart_stay_apart(tmp_path: Path, name: str) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    pieces = Tokenizer(models.BPE())
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()  # type: ignore[assignment]  # the stub knows no setter
+    special, letters = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], pre_tokenizers.ByteLevel.alphabet()
+    pieces.train_from_iterator(["we go home", "the door is open"], trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=letters))
+    getattr(transformers, name)(tokenizer_object=pieces).save_pretrained(tmp_path / "given")
+    given = load_tokenizer(str(tmp_path / "given"), None)
+    given.save_pretrained(tmp_path / "copied")
+    for found in (given, load_tokenizer(str(tmp_path / "copied"), None)):
+        apart = found(["we", "go", "home"], is_split_into_words=True, add_special_tokens=False).input_ids
+        assert apart == found("we go home", add_special_tokens=False).input_ids
+        assert found.decode(apart).strip() == "we go home"
 
 
 def test_tokenizers_that_cannot_be_used_are_named(folder: Path, tmp_path: Path, tokenizer: Any) -> None:

@@ -45,3 +45,11 @@ def test_values_out_of_range_are_named(change: dict[str, Any], said: str) -> Non
     with pytest.raises(ConfigError) as caught:
         load(ModelConfig, overrides=[f"{key}={value}" for key, value in change.items()])
     assert str(caught.value).startswith(said)
+
+
+def test_a_generator_is_a_bart_unless_a_source_says_what_it_is() -> None:
+    assert load(ModelConfig, None, []).generator.type == "bart"
+    assert load(ModelConfig, None, ["generator.source=facebook/bart-base"]).generator.type == ""
+    assert load(ModelConfig, None, ["generator={source: facebook/bart-base, type: ''}"]).generator.source == "facebook/bart-base"
+    with pytest.raises(ConfigError, match="give one of the two"):
+        load(ModelConfig, None, ["generator={source: facebook/bart-base, type: mbart}"])
