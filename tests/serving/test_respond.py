@@ -17,13 +17,12 @@ from typer.testing import CliRunner
 import emoscale
 from emoscale.batch import Utterance
 from emoscale.cli import app
-from emoscale.config import ConfigError, DataError, load
+from emoscale.config import ConfigError, DataError
 from emoscale.data.streams import Corpus
 from emoscale.data.tokens import load_tokenizer
 from emoscale.serving.evaluate import EvaluateConfig, evaluate
 from emoscale.serving.respond import Responder, answers, score_arms, score_run
 from emoscale.training.export import export
-from emoscale.training.run import RunConfig, pretrain
 from tests.chats import RESPONSE, write_chats, write_judge
 from tests.training.forks import Forks
 from tests.tuned import CLASSES
@@ -142,16 +141,15 @@ def test_the_command_line_responds(model: Path, tmp_path: Path) -> None:
     assert [line.split("\t")[0] for line in table.stdout.splitlines()] == ["one", "two"]
 
 
-def test_a_run_is_scored_whatever_it_started_from(corpus: Path, judge: Path, tmp_path: Path) -> None:
+def test_a_run_is_scored_whatever_it_started_from(forks: Forks, corpus: Path, judge: Path, tmp_path: Path) -> None:
     torch.manual_seed(9)
     words = len(load_tokenizer("", corpus))
     sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))}
     BartForConditionalGeneration(BartConfig(vocab_size=words, d_model=16, max_position_embeddings=256, **sides)).save_pretrained(tmp_path / "bart")
-    given = [word for word in TRAIN if not word.startswith("model.width")] + ["run.steps=2", "run.save_every=2"]
     (tmp_path / "held.txt").write_text("e\nf\n")
+    given = [*(word for word in TRAIN if not word.startswith("model.width")), "run.steps=2", "run.save_every=2", f"model.generator.source={tmp_path / 'bart'}"]
     given += [f"data.corpora=[{corpus}]", f"data.held_out={tmp_path / 'held.txt'}", f"run.output={tmp_path / 'run'}"]
-    config = load(RunConfig, None, [*given, f"model.generator.source={tmp_path / 'bart'}"])
-    pretrain(config)
+    forks.start("tests.tuned:run", [["pretrain", *given]]).succeed()
     shutil.rmtree(tmp_path / "bart")
     scored, _ = score_run(tmp_path / "run", emoscale.load(judge))
     assert len(scored.generated) == len(scored.said) > 0
