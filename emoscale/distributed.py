@@ -145,9 +145,9 @@ def init(timeout: timedelta = TIMEOUT) -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        if world.size == 1 and "MASTER_PORT" not in os.environ:
+        if world.size == 1:  # nobody to meet, so no port is opened, whichever the variables name: it may be another process's
             store: Store = HashStore()
-            os.environ["MASTER_PORT"] = "29500"
+            os.environ.setdefault("MASTER_PORT", "29500")  # DeepSpeed asks for it all the same
         else:
             store, *_ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
             store.set_timeout(timeout)

@@ -20,6 +20,7 @@ from tests.tuned import Tuned, make
 
 NOT_RUN = "NOT RUN: "
 ROOT = Path(__file__).resolve().parent.parent
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,21 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """Take back what a process group leaves: a later test, and every process that it starts, would take itself for a rank."""
+    launched = {name: os.environ.get(name) for name in LAUNCHED}
+    yield
+    left = torch.distributed.is_initialized()
+    if left:
+        torch.distributed.destroy_process_group()
+    for name, value in launched.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    assert not left, "a process group was left behind: call distributed.shutdown(), or start the run in `forks`"
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import socket
 from typing import Any
 
 import pytest
@@ -96,12 +97,17 @@ def test_without_a_process_group_collectives_are_the_identity() -> None:
     distributed.barrier()
 
 
-def test_alone_the_group_has_one_member_and_libraries_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("inherited", [False, True])
+def test_alone_the_group_has_one_member_and_libraries_are_told(inherited: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the port that some launcher named is another process's by now."""
     import torch.distributed as dist
 
+    taken = socket.create_server(("127.0.0.1", 0))
     for name in VARIABLES:
-        monkeypatch.setenv(name, "")  # so that what init() sets is undone
-        monkeypatch.delenv(name)
+        monkeypatch.delenv(name, raising=False)
+    if inherited:
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": taken.getsockname()[1]}.items():
+            monkeypatch.setenv(name, str(value))
     try:
         assert distributed.init() == World()
         assert dist.get_world_size() == 1
@@ -110,6 +116,7 @@ def test_alone_the_group_has_one_member_and_libraries_are_told(monkeypatch: pyte
         assert distributed.reduce_sum([3.0]) == [3.0]
     finally:
         distributed.shutdown()
+        taken.close()
     assert not dist.is_initialized()
     distributed.shutdown()
 
