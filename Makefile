@@ -110,20 +110,27 @@ demo-pairs: $(VENV)/.installed
 	$(call timed,finetune,$(EMOSCALE) finetune configs/finetune/bi-encoder-demo.yaml)
 	@echo "reports: $(QUICK)/pairs.html $(QUICK)/pairs/report.html"
 
+RESPONSE = $(EMOSCALE) pretrain configs/pretrain/response-demo.yaml run.seed=$$seed
 RESPOND = $(EMOSCALE) finetune configs/finetune/respond-demo.yaml run.seed=$$seed
+RESPOND_BESIDE = "without pictures": "$(QUICK)/respond/blind-{seed}"$(,) "without pre-training": "$(QUICK)/respond/scratch-{seed}"$(,) \
+	"without$(,) as many steps": "$(QUICK)/respond/long-{seed}"$(,) "control": "$(QUICK)/respond/control-{seed}"$(,) \
+	"without emotion term": "$(QUICK)/respond/no-term-{seed}"
 demo-respond: $(VENV)/.installed
 	$(call timed,prepare,$(EMOSCALE) prepare configs/prepare/demo.yaml)
 	$(EMOSCALE) finetune configs/finetune/text-emotion-demo.yaml
 	$(EMOSCALE) finetune configs/finetune/text-emotion-demo.yaml 'run_folds=[2]' 'seeds=[2]' output=$(QUICK)/judge
 	@for seed in 1 2 3; do \
-		$(EMOSCALE) pretrain configs/pretrain/response-demo.yaml run.seed=$$seed run.output=$(QUICK)/respond/pretrain-$$seed || exit 1; \
+		$(RESPONSE) run.output=$(QUICK)/respond/pretrain-$$seed || exit 1; \
 		$(RESPOND) run.output=$(QUICK)/respond/full-$$seed model.init=$(QUICK)/respond/pretrain-$$seed || exit 1; \
 		$(RESPOND) run.output=$(QUICK)/respond/blind-$$seed model.init=$(QUICK)/respond/pretrain-$$seed turns.ground=none || exit 1; \
 		$(RESPOND) run.output=$(QUICK)/respond/no-term-$$seed model.init=$(QUICK)/respond/pretrain-$$seed objectives.response_emotion.weight=0 || exit 1; \
 		$(RESPOND) run.output=$(QUICK)/respond/scratch-$$seed model.init= || exit 1; \
+		$(RESPOND) run.output=$(QUICK)/respond/long-$$seed model.init= run.steps=780 || exit 1; \
+		$(RESPONSE) run.output=$(QUICK)/respond/shuffled-$$seed data.shuffle_modalities=true || exit 1; \
+		$(RESPOND) run.output=$(QUICK)/respond/control-$$seed model.init=$(QUICK)/respond/shuffled-$$seed || exit 1; \
 	done
 	$(EMOSCALE) evaluate 'model=$(QUICK)/respond/full-{seed}' 'seeds=[1, 2, 3]' judge=$(QUICK)/judge/models/words labels=$(QUICK)/demo/labels.csv \
-		'beside={"without pictures": "$(QUICK)/respond/blind-{seed}"$(,) "without pre-training": "$(QUICK)/respond/scratch-{seed}"$(,) "without emotion term": "$(QUICK)/respond/no-term-{seed}"}' \
+		'beside={$(RESPOND_BESIDE)}' \
 		report=$(QUICK)/respond/report.html
 
 test: $(VENV)/.installed-dev

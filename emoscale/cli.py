@@ -88,16 +88,19 @@ def prepare(
 @app.command(epilog="Example: `emoscale pretrain configs/pretrain/memobert-demo.yaml optim.lr=3e-4`")
 def pretrain(words: Words = None, check: Check = False, json: Json = False) -> None:
     """Pre-train on a prepared corpus; resumes the run in its output folder if there is one."""
+    from emoscale import distributed
     from emoscale.training import corpora, run
 
     config = _read(run.RunConfig, words)
     if check:
         run.check(config)
+        distributed.shutdown()
         return _valid(config, json)
     _announce(config.run.output, json)
     checkpoint = run.pretrain(config)
     if _is_main():
         _write_report(Path(config.run.output), corpora.folders_of(config.data), json)
+    distributed.shutdown()  # NCCL complains where a process ends without
     return _show({"checkpoint": str(checkpoint)}, json, f"checkpoint: {checkpoint}")
 
 
@@ -124,6 +127,7 @@ def finetune(words: Words = None, check: Check = False, json: Json = False) -> N
 
     if "system" in named(*_file_and_words(words)):
         return pretrain(words, check, json)
+    from emoscale import distributed
     from emoscale.training import finetune as stage
 
     config = _read(stage.FinetuneConfig, words)
@@ -132,6 +136,7 @@ def finetune(words: Words = None, check: Check = False, json: Json = False) -> N
         return _valid(config, json)
     _announce(config.output, json)
     folder = stage.finetune(config)
+    distributed.shutdown()  # see `pretrain`
     if not config.gather:
         return _say(f"outcomes: {folder / 'outcomes'}")
     return _show(_load_json(folder / "results.json"), json, f"results: {folder / 'results.json'}")

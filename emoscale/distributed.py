@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -196,10 +197,17 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 
 def shutdown() -> None:
-    """Leave the process group."""
+    """Leave the process group, if there is one; DeepSpeed, where it was used, must hear of it or it goes on asking for groups that are gone."""
+    if "torch.distributed" not in sys.modules:
+        return
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    deepspeed = sys.modules.get("deepspeed.comm")
+    if deepspeed is not None and deepspeed.is_initialized():
+        deepspeed.destroy_process_group()
+    else:
         dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ import torch
 if not torch.cuda.is_available():  # before anything imports triton, which reads it: kernels then run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from emoscale import distributed
 from tests.services import is_required, missing
 from tests.training.forks import Forks
 from tests.tuned import Tuned, make
@@ -33,17 +34,14 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
-    """Take back what a process group leaves: a later test, and every process that it starts, would take itself for a rank."""
+    """Take back what a run in this process leaves: a later test, and every process that it starts, would take itself for a rank."""
     launched = {name: os.environ.get(name) for name in LAUNCHED}
     yield
-    left = torch.distributed.is_initialized()
-    if left:
-        torch.distributed.destroy_process_group()
+    distributed.shutdown()
     for name, value in launched.items():
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
-    assert not left, "a process group was left behind: call distributed.shutdown(), or start the run in `forks`"
 
 
 @pytest.fixture(scope="session")
