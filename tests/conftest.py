@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -33,11 +34,19 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
+def _left_as_found() -> Iterator[None]:
     """Take back what a run in this process leaves: a later test, and every process that it starts, would take itself for a rank."""
     launched = {name: os.environ.get(name) for name in LAUNCHED}
+    logger, threads = logging.getLogger("emoscale"), torch.get_num_threads()
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
     yield
     distributed.shutdown()
+    for opened in [handler for handler in logger.handlers if handler not in handlers]:
+        logger.removeHandler(opened)
+        opened.close()
+    logger.setLevel(level)
+    logger.propagate = propagate
+    torch.set_num_threads(threads)
     for name, value in launched.items():
         os.environ.pop(name, None)
         if value is not None:

@@ -32,9 +32,9 @@ def is_required(name: str) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Give different ports of the loopback that nobody listens on: all are held until the last is known."""
+    """Give different ports that nobody listens on, at any address: all are held until the last is known."""
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
+            each.bind(("", 0))
         return [int(each.getsockname()[1]) for each in sockets]

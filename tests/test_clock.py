@@ -32,7 +32,13 @@ def test_laps_add_up_to_the_age() -> None:
     assert str(laps).startswith("imports ")
 
 
-def test_a_stage_within_another_is_taken_out_of_it() -> None:
+def test_a_stage_within_another_is_taken_out_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("emoscale.clock.time.process_time", lambda: now[0])
+
+    def busy(seconds: float) -> None:
+        now[0] += seconds
+
     stage = Stages()
     with stage("outer"):
         busy(0.02)
@@ -44,8 +50,8 @@ def test_a_stage_within_another_is_taken_out_of_it() -> None:
     busy(0.03)
     taken = stage.take()
     assert taken.keys() == {"outer", "inner"}
-    assert taken["outer"] == pytest.approx(0.04, abs=0.01)
-    assert taken["inner"] == pytest.approx(0.08, abs=0.01)
+    assert taken["outer"] == pytest.approx(0.04)
+    assert taken["inner"] == pytest.approx(0.08)
     assert stage.take() == {}
 
 

@@ -423,6 +423,7 @@ def test_the_environment_s_secrets_do_not_reach_logs_or_run_folders(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://ann:{SECRET}@127.0.0.1:1")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for words in (("data.corpora=[s3://bucket/corpus]", "--check"), ("data.corpora=[s3://bucket/corpus]", "--check", "--debug")):
         code, said = called(monkeypatch, capsys, *PRETRAIN, "run.output=run", f"data.cache={tmp_path / 'cache'}", *words)
         assert code == 1

@@ -82,7 +82,7 @@ class RemoteCorpus(Corpus):
             room -= self._bytes(shard)
             # Those that were fetched ahead are older than the last of the block before, and would make room for one another.
             with suppress(FileNotFoundError):
-                os.utime(self._path(shard))
+                _touch(self._path(shard))
         fits = room >= 0
         for shard in self._shards_of(soon):
             room -= 0 if shard in reading else self._bytes(shard)
@@ -136,7 +136,7 @@ class RemoteCorpus(Corpus):
         path, wanted = self.folder / entry["basename"], entry.get("hashes", {}).get("sha256")
         if path.is_file():
             if file_sha256(path) == wanted:
-                os.utime(path)
+                _touch(path)
                 return
             path.unlink()
         seen, remedy = "", ""
@@ -145,6 +145,7 @@ class RemoteCorpus(Corpus):
             try:
                 self.storage.get(entry["basename"], aside)
                 if file_sha256(aside) == wanted:
+                    _touch(aside)
                     os.replace(aside, path)
                     return
                 seen = f"its sha256 is {file_sha256(aside)[:12]}…, index.json says {str(wanted)[:12]}…"
@@ -171,7 +172,7 @@ class RemoteCorpus(Corpus):
         for file in os.scandir(self.folder):  # few of a large corpus' shards are here
             with suppress(FileNotFoundError):
                 if file.name in self._names:
-                    shards.append((file.stat().st_mtime, Path(file.path), file.stat().st_size))
+                    shards.append((file.stat().st_mtime_ns, Path(file.path), file.stat().st_size))
         total = sum(size for _, _, size in shards)
         for _, path, size in sorted(shards):
             if total <= self.limit:
@@ -185,6 +186,15 @@ class RemoteCorpus(Corpus):
                     total -= size
             except Timeout:
                 continue  # somebody reads it
+
+
+def _touch(path: Path) -> None:
+    """Note that a shard is read now; the file system's own clock moves by some milliseconds at a time, in which several small shards come."""
+    now = time.time_ns()
+    try:
+        os.utime(path, ns=(now, now))
+    except PermissionError:  # another user's: no date but the file system's own may be set
+        os.utime(path)
 
 
 def _turned(shards: list[int]) -> list[int]:

@@ -19,6 +19,8 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from emoscale.config import EmoscaleError
 from tests.fuzz.seeds import Seeds
 
@@ -137,6 +139,7 @@ def _lines(pipe: int) -> Iterator[bytes | None]:
 
 def _work(seeds: Seeds, name: str, act: Attempt, numbers: range, seed: int, answers: int) -> None:
     try:
+        torch.set_num_threads(1)  # the threads of the process that was forked are not here
         faulthandler.disable()  # a test session's would write where it looks
         quiet = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):

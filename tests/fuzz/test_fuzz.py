@@ -18,7 +18,7 @@ from tests.fuzz.surfaces import SURFACES
 
 SLOW = {
     "film": 15,
-    "model": 5,
+    "model": 12,
     "words": 12,
     "yaml": 12,
     "section": 40,

@@ -42,7 +42,8 @@ def test_rows_follow_from_what_was_timed(fake: ModuleType) -> None:
     roof = bench.Roof(1e9, 1e12)
     rows = {row.form: row for row in bench.measure("fake", "small", torch.float32, "cpu", roof, rounds=5)}
     ours, eager = rows["ours"], rows["eager"]
-    assert 0.01 <= ours.p20_s <= ours.median_s <= ours.p80_s < 0.02 <= eager.median_s
+    assert 0.01 <= ours.p20_s <= ours.median_s <= ours.p80_s
+    assert ours.p20_s < 0.02 <= eager.p20_s
     assert ours.times == pytest.approx(eager.median_s / ours.median_s)
     assert eager.times == 1
     assert ours.gb_per_s == pytest.approx(4.0 * SIZE / ours.median_s / 1e9)
@@ -67,7 +68,7 @@ def test_what_is_wrong_is_not_timed(fake: ModuleType) -> None:
 
 def test_the_roof_is_what_this_machine_reaches() -> None:
     roof = bench.measure_roof("cpu", torch.float32, rounds=2)
-    x, y = torch.ones(1 << 24), torch.empty(1 << 24)
+    x, y = torch.ones(bench.COPY_BYTES["cpu"] // 4), torch.empty(bench.COPY_BYTES["cpu"] // 4)
     y.copy_(x)
     start = time.perf_counter()
     y.copy_(x)

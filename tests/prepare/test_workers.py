@@ -45,12 +45,13 @@ def test_the_largest_input_comes_first_and_every_stage_is_counted(films, tmp_pat
 
 
 def test_all_libraries_compute_on_one_thread_meanwhile_and_are_left_as_they_were(films, tmp_path):
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     cv2.setNumThreads(2)
     seen = [(torch.get_num_threads(), cv2.getNumThreads()) for _ in run(jobs_of(find(films), tmp_path / "out"), 1)]
     assert seen == [(1, 1)] * 3
     assert (torch.get_num_threads(), cv2.getNumThreads()) == (2, 2)
-    torch.set_num_threads(1)
+    torch.set_num_threads(before)
 
 
 def test_an_error_of_the_configuration_reaches_the_user(films, tmp_path):

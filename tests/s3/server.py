@@ -65,7 +65,7 @@ class Server:
         """Variables that boto3 reads."""
         return {
             "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{self.port}", "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "default", "NO_PROXY": "127.0.0.1",
+            "AWS_DEFAULT_REGION": "default", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
         }  # fmt: skip
 
     @property

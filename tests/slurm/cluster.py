@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 NODES = ("emo1", "emo2", "emo3")
 CPUS = 4
 """Per node, whatever the machine has: two ranks and their servers share it."""
-NODE_TIMEOUT = 10
-"""Seconds without an answer after which the controller takes a node for lost (300 by default)."""
+NODE_TIMEOUT, NODE_TIMEOUT_FAULTS = 60, 10
+"""Seconds without an answer after which the controller takes a node for lost (300 by default), and where tests take nodes away; a machine
+that stands still for ten seconds must not look like a lost node elsewhere."""
 SETTINGS = """
 ClusterName=emo
 SlurmctldHost={host}(127.0.0.1)
@@ -35,7 +36,7 @@ SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock,cred_expire=5
+AuthInfo=socket={folder}/munge.sock,cred_expire=15
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -57,10 +58,11 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 PropagateResourceLimits=NONE
 MailProg=/bin/true
+FirstJobId={first}
 JobRequeue=1
 KillWait=30
 SlurmdTimeout={node_timeout}
-UnkillableStepTimeout=10
+UnkillableStepTimeout={node_timeout}
 MessageTimeout=60
 """
 """`cred_expire` is also the delay of a requeued job, 120 s by default: what the controller sends a second time because a node was slow
@@ -119,7 +121,7 @@ class Cluster:
     def wait(self, job: str, seconds: float = 600) -> dict[str, str]:
         """Wait until a job has ended; give its last state."""
         end = time.monotonic() + seconds
-        while (found := self.state(job))["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+        while (found := self.state(job))["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED"):
             assert time.monotonic() < end, f"job {job} is {found['JobState']} after {seconds} s\n{self.log(job)}"
             time.sleep(0.5)
         return found
@@ -198,14 +200,14 @@ class Cluster:
                 process.kill()
 
 
-def start(folder: Path) -> Cluster:
+def start(folder: Path, node_timeout: int = NODE_TIMEOUT) -> Cluster:
     """Bring a cluster up; its daemons are children of this process."""
     cluster = Cluster(folder, folder / "work")
     for name in ("state", *(f"spool/{node}" for node in NODES), "work"):
         (folder / name).mkdir(parents=True)
     shutil.copytree(ROOT / "slurm", cluster.work / "slurm")
     shutil.copytree(ROOT / "configs", cluster.work / "configs")
-    _configure(folder)
+    _configure(folder, node_timeout)
     try:
         # --force: munge refuses a socket below a folder that others may write to, as /tmp is
         cluster.run(
@@ -229,10 +231,11 @@ def start(folder: Path) -> Cluster:
     return cluster
 
 
-def _configure(folder: Path) -> None:
+def _configure(folder: Path, node_timeout: int) -> None:
     port, *others = free_ports(1 + len(NODES))
-    lines = SETTINGS.format(host=socket.gethostname().split(".")[0], port=port, user=getpass.getuser(), folder=folder, node_timeout=NODE_TIMEOUT).splitlines()
     host = socket.gethostname().split(".")[0]
+    first = secrets.randbelow(8000) + 1000  # the ranks of a job meet at a port that follows its number
+    lines = SETTINGS.format(host=host, port=port, user=getpass.getuser(), folder=folder, node_timeout=node_timeout, first=first).splitlines()
     lines += [
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={own} CPUs={CPUS} RealMemory=4000 State=UNKNOWN"
         for node, own in zip(NODES, others, strict=True)

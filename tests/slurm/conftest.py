@@ -9,14 +9,15 @@ from emoscale.data.synthetic import Synthetic
 from tests.corpora import write_corpus
 from tests.prepare.conftest import film, write_srt  # noqa: F401  # fixtures of the films
 from tests.services import missing
-from tests.slurm.cluster import Cluster, start
+from tests.slurm.cluster import NODE_TIMEOUT_FAULTS, Cluster, start
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes, up for the whole session."""
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three nodes, up for the whole session."""
     assert not missing("slurm")
-    running = start(tmp_path_factory.mktemp("slurm"))
+    faults = any(item.get_closest_marker("faults") for item in request.session.items)
+    running = start(tmp_path_factory.mktemp("slurm"), NODE_TIMEOUT_FAULTS if faults else NODE_TIMEOUT)
     yield running
     running.stop()
 

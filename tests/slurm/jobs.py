@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from emoscale.training.track import read_rows
 from tests.slurm.cluster import Cluster
 from tests.training.runs import TIMINGS
 
@@ -30,9 +31,7 @@ def words(corpus: Path, output: str, *more: str) -> list[str]:
 
 def metrics(run: Path) -> list[tuple[int, dict[str, float]]]:
     """Give what a run computed, step by step, without what is never the same twice."""
-    path = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [(row["step"], {key: value for key, value in row.items() if key not in TIMINGS}) for row in rows]
+    return [(row["step"], {key: value for key, value in row.items() if key not in TIMINGS}) for row in read_rows(run / "metrics.jsonl")]
 
 
 def until_step(cluster: Cluster, job: str, run: Path, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import torch
 
 from emoscale.data.loader import StepData
 from tests.training.runs import command
+
+BETWEEN = 0.1
+"""Seconds between two steps, in which a test can stop the run."""
 
 
 def recorded(folder: str, *words: str) -> None:
@@ -40,6 +44,7 @@ def _noted(steps: Iterator[StepData], path: Path) -> Iterator[StepData]:
         for data in steps:
             file.write(json.dumps({"step": data.step, "sequences": [each for batch in data.batches for each in _sequences(batch)]}) + "\n")
             file.flush()
+            time.sleep(BETWEEN)
             yield data
 
 

@@ -7,12 +7,14 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from emoscale.data.loader import StepData
 from tests.training.forks import Forks, Ranks
 
 TIMINGS = (
@@ -34,7 +36,9 @@ RECIPE = [
     "optim.lr=1e-3",
     "optim.warmup=4",
 ]
-"""Ten steps of some tenths of a second with dropout, so that a test can step in between."""
+"""Ten steps with dropout; where a test steps in between, they are `paced`."""
+BETWEEN = 0.3
+"""Seconds between two paced steps."""
 
 
 def command(*words: str) -> None:
@@ -45,6 +49,36 @@ def command(*words: str) -> None:
     main()
 
 
+def paced(seconds: float, *words: str) -> None:
+    """Run the command line with at least so many seconds between two steps: room for a test to step in, on machines of any speed."""
+    from emoscale.training import run
+
+    train = run.train
+    run.train = lambda engine, steps, *rest, **named: train(engine, slowly(steps, seconds), *rest, **named)  # type: ignore[assignment]
+    command(*words)
+
+
+def on_a_slow_disk(seconds: float, *words: str) -> None:
+    """Run the command line, with every checkpoint taking so many seconds longer to write."""
+    from emoscale.training import checkpoint
+
+    write = checkpoint.write
+
+    def late(*args: Any) -> Path:
+        time.sleep(seconds)
+        return write(*args)
+
+    checkpoint.write = late
+    command(*words)
+
+
+def slowly(steps: Iterator[StepData], seconds: float) -> Iterator[StepData]:
+    """Give the data of steps, each after a while."""
+    for data in steps:
+        time.sleep(seconds)
+        yield data
+
+
 class Runs:
     """Runs on one corpus; unbroken ones are kept for the tests that compare with them."""
 
@@ -52,10 +86,12 @@ class Runs:
         self.forks, self.corpus, self.folder, self.recipe = forks, corpus, folder, recipe
         self._unbroken: dict[tuple[Any, ...], Path] = {}
 
-    def start(self, folder: Path, *words: str, world: int = 1, corpus: Path | None = None) -> Ranks:
-        """Start `emoscale pretrain`."""
-        given = [f"data.corpora=[{corpus or self.corpus}]", f"run.output={folder}", *self.recipe, *words]
-        return self.forks.start("tests.training.runs:command", "pretrain", *given, world=world)
+    def start(self, folder: Path, *words: str, world: int = 1, corpus: Path | None = None, pace: float = 0.0) -> Ranks:
+        """Start `emoscale pretrain`, with at least `pace` seconds between two steps."""
+        given = ["pretrain", f"data.corpora=[{corpus or self.corpus}]", f"run.output={folder}", *self.recipe, *words]
+        if pace:
+            return self.forks.start("tests.training.runs:paced", pace, *given, world=world)
+        return self.forks.start("tests.training.runs:command", *given, world=world)
 
     def unbroken(self, *words: str, world: int = 1) -> Path:
         """Give the folder of a run that nobody stopped."""

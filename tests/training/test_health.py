@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_a_node_that_is_not_fit_is_named_on_every_rank(met: dict[str, Any], faul
 def test_of_two_clocks_neither_is_right(met: dict[str, Any]) -> None:
     status, message = met["clock"][0]
     assert status == 1
-    assert "rank 1 on node1: clock is -1800 s from the median of all ranks; at most 10 s are allowed" in message
+    assert re.search(r"rank 1 on node1: clock is -1(799|800|801) s from the median of all ranks; at most 10 s are allowed", message)
 
 
 def test_fit_nodes_pass(met: dict[str, Any]) -> None:

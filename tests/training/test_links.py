@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -39,21 +40,29 @@ def shaped() -> None:
 
 @pytest.mark.usefixtures("shaped")
 def test_a_link_has_the_speed_that_was_asked_for() -> None:
-    size = 5_000_000
+    size, took = 5_000_000, list[float]()
+    ideal = size * 8 / 80e6
     with Links(2, 80.0) as made:
         assert namespaces() == {made.hub, *made.hosts}
-        receiver = subprocess.Popen(made.command(1, [sys.executable, "-c", RECEIVE]))
+        while len(took) < 3 and min(took, default=math.inf) > 3 * ideal + 1:  # a machine that wakes up late loses what the link allowed meanwhile
+            took.append(_sent(made, size))
+    assert ideal < min(took) < 3 * ideal + 1  # the sender's own start included
+    assert not namespaces()
+
+
+def _sent(made: Links, size: int) -> float:
+    """Send bytes from the first host to the second; give the seconds it took."""
+    receiver = subprocess.Popen(made.command(1, [sys.executable, "-c", RECEIVE]))
+    try:
         for _ in range(50):
             start = time.perf_counter()
             if subprocess.run(made.command(0, [sys.executable, "-c", SEND, made.addresses[1], str(size)]), capture_output=True, check=False).returncode == 0:
                 break
             time.sleep(0.1)
-        took = time.perf_counter() - start
+        return time.perf_counter() - start
+    finally:
         receiver.kill()
         receiver.wait()
-    ideal = size * 8 / 80e6
-    assert ideal < took < 3 * ideal + 1  # the sender's own start included
-    assert not namespaces()
 
 
 @pytest.mark.usefixtures("shaped")

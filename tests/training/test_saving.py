@@ -159,12 +159,13 @@ def test_a_run_gives_the_same_with_and_without_the_thread(runs: Runs, tmp_path: 
 
 @pytest.mark.slow
 def test_a_save_holds_the_loop_for_a_copy_alone(runs: Runs, tmp_path: Path) -> None:
-    """A checkpoint of about 130 MB, and steps that are short beside it: seconds that the loop is held by a save, with the write beside it and without."""
+    """A checkpoint of about 130 MB on a disk that takes two seconds longer: seconds that the loop is held by a save, with the write beside it and without."""
     words = ["zero.stage=1", "model.width=384", "model.layers=6", "data.global_batch=4", "run.save_every=4", "run.steps=10"]
     held, steps, size = {}, {}, 0.0
     for name in ("false", "true"):
         folder = tmp_path / name
-        runs.start(folder, *words, f"run.save_async={name}").succeed()
+        given = ["pretrain", f"data.corpora=[{runs.corpus}]", f"run.output={folder}", *runs.recipe, *words, f"run.save_async={name}"]
+        runs.forks.start("tests.training.runs:on_a_slow_disk", 2.0, *given).succeed()
         measured = read_rows(folder / "metrics.jsonl")
         held[name] = min(row["save_s"] for row in measured if row["save_s"] > 0)  # the second save waits for the first one's write
         steps[name] = statistics.median(row["step_time_s"] for row in measured[1:])

@@ -22,7 +22,7 @@ def test_sides_run_in_turn_and_the_first_round_only_warms_up() -> None:
 def test_waiting_costs_time_but_no_processor() -> None:
     taken = interleaved({"sleep": lambda: time.sleep(0.02)}, "cpu", 5)["sleep"]
     assert min(taken.wall) >= 0.02
-    assert max(taken.processor) < 0.02
+    assert sum(taken.processor) < sum(taken.wall) / 2
 
 
 def test_ratios_are_taken_within_a_round() -> None:

@@ -59,7 +59,7 @@ def test_a_collective_waits_longer_than_the_watchdog() -> None:
 @pytest.mark.faults
 def test_a_run_that_hung_goes_on_bit_equal(runs: Runs, tmp_path: Path) -> None:
     folder, words = tmp_path / "run", ["zero.stage=1"]
-    ranks = runs.start(folder, *words, "run.hang_s=4", world=2)
+    ranks = runs.start(folder, *words, "run.hang_s=8", world=2)
     wait_for_step(folder, 6, ranks)
     ranks.kill(signal.SIGSTOP, rank=1)
     end = time.monotonic() + 60
