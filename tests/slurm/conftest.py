@@ -9,7 +9,7 @@ from emoscale.data.synthetic import Synthetic
 from tests.corpora import write_corpus
 from tests.prepare.conftest import film, write_srt  # noqa: F401  # fixtures of the films
 from tests.services import missing
-from tests.slurm.cluster import NODE_TIMEOUT_FAULTS, Cluster, start
+from tests.slurm.cluster import NODE_TIMEOUT, NODE_TIMEOUT_FAULTS, Cluster, start
 
 
 @pytest.fixture(scope="session")
