@@ -104,7 +104,7 @@ def pretrain(words: Words = None, check: Check = False, json: Json = False) -> N
     return _show({"checkpoint": str(checkpoint)}, json, f"checkpoint: {checkpoint}")
 
 
-@app.command(epilog="Example: `emoscale launch nodes=4 gpus=8 time=24:00:00 configs/pretrain/memobert.yaml run.output=runs/memobert`")
+@app.command(epilog="Example: `emoscale launch nodes=4 gpus=8 cpus=8 configs/pretrain/memobert.yaml data.corpora='[corpora/films]' run.output=runs/memobert`")
 def launch(
     words: Annotated[
         list[str] | None,
@@ -226,7 +226,7 @@ def bench(
 
 @app.command(epilog="Example: `emoscale config pretrain optim.lr`")
 def config(
-    stage: Annotated[str, typer.Argument(help="pretrain, finetune, prepare or evaluate.")] = "pretrain",
+    stage: Annotated[str, typer.Argument(help="pretrain, finetune, prepare, evaluate or launch.")] = "pretrain",
     key: Annotated[str, typer.Argument(help="One key, or the beginning of several.")] = "",
     json: Json = False,
 ) -> None:
@@ -250,8 +250,10 @@ def schema(stage: str) -> type:
         from emoscale.training.finetune import FinetuneConfig as Schema
     elif stage == "evaluate":
         from emoscale.serving.evaluate import EvaluateConfig as Schema
+    elif stage == "launch":
+        from emoscale.training.launch import LaunchConfig as Schema
     else:
-        raise typer.BadParameter(f"{stage!r} is none of pretrain, finetune, prepare, evaluate")
+        raise typer.BadParameter(f"{stage!r} is none of pretrain, finetune, prepare, evaluate, launch")
     return Schema
 
 

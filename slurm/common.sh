@@ -12,7 +12,7 @@ if [ -n "${EMOSCALE_CONTAINER:-}" ]; then
     runner=$(command -v apptainer || command -v singularity) || { echo "emoscale: EMOSCALE_CONTAINER is set, and there is no apptainer on this node" >&2; exit 2; }
     emoscale=("$runner" exec --bind "$PWD,$(realpath "$records")${EMOSCALE_BIND:+,$EMOSCALE_BIND}" --pwd "$PWD")
     [ -z "${SLURM_JOB_GPUS:-${CUDA_VISIBLE_DEVICES:-}}" ] || emoscale+=(--nv)
-    emoscale+=("$EMOSCALE_CONTAINER" python3 -m emoscale)
+    emoscale+=("$EMOSCALE_CONTAINER" emoscale)  # the image's own: `python -m` would find the one in this folder first
 else
     python=${EMOSCALE_PYTHON:-.venv/bin/python}
     [ -x "$python" ] || { echo "emoscale: $python is not there; make quickstart builds it, or set EMOSCALE_PYTHON" >&2; exit 2; }

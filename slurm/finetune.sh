@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fine-tune by an array of jobs, one per seed and fold; a last job gathers their outcomes into one report.
-#   SEEDS="1 2 3" FOLDS="0 1 2 3 4" sbatch slurm/finetune.sh configs/finetune/demo-report.yaml
+#   SEEDS="1 2 3" FOLDS="0 1" sbatch slurm/finetune.sh configs/finetune/demo.yaml
 # A file that names a system (configs/finetune/respond-demo.yaml) is one run of the loop of pre-training: slurm/pretrain.sh takes it.
 # Outcomes lie in <output>/outcomes, so a job that is submitted again runs what is missing alone.
 #SBATCH --job-name=emoscale-finetune
@@ -11,7 +11,7 @@
 source "${SLURM_SUBMIT_DIR:?submit this with sbatch}/slurm/common.sh"
 
 read -ra seeds <<< "${SEEDS:-1 2 3}"
-read -ra folds <<< "${FOLDS:-0 1 2 3 4}"
+read -ra folds <<< "${FOLDS:?name the folds, which count from 0, such as FOLDS=\"0 1 2 3 4\"}"
 all=("seeds=[$(IFS=,; echo "${seeds[*]}")]" "run_folds=[$(IFS=,; echo "${folds[*]}")]")
 case "${STAGE:-submit}" in
 submit)

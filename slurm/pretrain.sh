@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Pre-train on any number of nodes; saves, requeues and goes on when SLURM takes the nodes back.
-#   sbatch slurm/pretrain.sh configs/pretrain/memobert.yaml data.corpora='[corpora/films]' run.output=runs/memobert
-#   sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --time=24:00:00 slurm/pretrain.sh CONFIG [key=value …]
+#   sbatch slurm/pretrain.sh configs/pretrain/memobert-demo.yaml run.output=runs/demo                             one rank on a CPU
+#   sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --time=24:00:00 slurm/pretrain.sh \
+#     configs/pretrain/memobert.yaml data.corpora='[corpora/films]' run.output=runs/memobert
 # One task per GPU, or per CPU rank. The signal below is also `run.signal`; SLURM may send it up to a minute early, and a run that
 # knows its job's end leaves in time without it. `emoscale launch` writes such lines.
 # Set before `sbatch`, or leave: EMOSCALE_MAX_RESTARTS (100: how often the job may start again, for whatever reason).

@@ -21,15 +21,25 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
 
 
-def commands(program: str) -> list[list[str]]:
-    """Give every call of a program in the bash blocks, split into words, comments left out."""
+def lines() -> list[list[str]]:
+    """Give every line of the bash blocks, split into words, comments left out."""
     joined = "\n".join(blocks("bash")).replace("\\\n", " ")
-    lines = [shlex.split(line, comments=True) for line in joined.splitlines()]
-    return [words for words in lines if words and words[0] == program]
+    return [shlex.split(line, comments=True) for line in joined.splitlines()]
+
+
+def commands(program: str) -> list[list[str]]:
+    """Give every call of a program."""
+    return [words for words in lines() if words and words[0] == program]
+
+
+def jobs() -> list[list[str]]:
+    """Give every submission of a job script, with the variables in front of it."""
+    return [words for words in lines() if "sbatch" in words]
 
 
 def test_the_readme_has_something_to_type() -> None:
     assert commands("emoscale")
+    assert len(jobs()) >= 4
     assert blocks("python")
 
 
@@ -43,6 +53,21 @@ def test_command_parses(words: list[str]) -> None:
     parsed = command.make_context(name, list(rest)).params
     if name in STAGES:
         check_words(name, list(parsed["words"] or []))
+    if name == "launch":
+        own = {row[0] for row in config.describe(schema("launch"))}
+        asked = {word for word in parsed["words"] if word.partition("=")[0] in own}
+        check_words("pretrain", [word for word in parsed["words"] if word not in asked])
+
+
+@pytest.mark.parametrize("words", jobs(), ids=" ".join)
+def test_a_job_is_submitted_with_what_its_script_takes(words: list[str]) -> None:
+    script, *rest = words[next(place for place, word in enumerate(words) if word.startswith("slurm/")) :]
+    stage = Path(script).stem
+    assert (ROOT / script).is_file()
+    check_words(stage, rest)
+    given = {word.partition("=")[0] for word in words}
+    assert stage != "finetune" or {"SEEDS", "FOLDS"} <= given
+    assert stage != "pretrain" or "--gpus-per-node" in given, "sizes as published are not for CPUs"
 
 
 def check_words(stage: str, words: list[str]) -> None:
