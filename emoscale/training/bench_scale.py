@@ -95,7 +95,9 @@ class ScaleConfig:
         if unknown:
             raise ValueError(f"sizes: {unknown[0]!r} is none of {', '.join(SIZES)}")
         if not set(self.stages) <= {0, 1, 2, 3} or min([*self.gpus, self.utterances, self.per_node, self.workers]) < 1:
-            raise ValueError(f"stages: stages={self.stages} (0 … 3), gpus={self.gpus}, utterances={self.utterances}, per_node={self.per_node}, workers={self.workers} (≥ 1)")
+            raise ValueError(
+                f"stages: stages={self.stages} (0 … 3), gpus={self.gpus}, utterances={self.utterances}, per_node={self.per_node}, workers={self.workers} (≥ 1)"
+            )
         if self.ranks[:1] != [1] or self.steps < 4:
             raise ValueError(f"ranks: ranks={self.ranks} (the first calibrates and is 1), steps={self.steps} (≥ 4)")
 

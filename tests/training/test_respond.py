@@ -281,7 +281,7 @@ def moved(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "stage"), [(1, 1), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("world", "stage"), [(1, 1), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (4, 1)])
 def test_ranks_and_stages_train_the_same(runs: Runs, judge: Path, world: int, stage: int) -> None:
     whole = runs.unbroken(*GIVEN, all_five(judge), *SAME, "zero.stage=0")
     parts = runs.unbroken(*GIVEN, all_five(judge), *SAME, f"zero.stage={stage}", world=world)
