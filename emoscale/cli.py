@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -149,7 +149,7 @@ def evaluate(words: Words = None, json: Json = False) -> None:
 
     config = _read(stage.EvaluateConfig, words)
     scores = stage.evaluate(config)
-    _show(scores, json, "\n".join(f"{name:<16} {_short(value)}" for name, value in scores.items()))
+    _show(scores, json, "\n".join(_lines(scores)))
 
 
 @app.command(
@@ -318,7 +318,24 @@ def _load_json(path: Path) -> Any:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(part)}" for name, part in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _lines(values: dict[str, Any], depth: int = 0) -> Iterator[str]:
+    """Lay scores out, a line each; what holds tables of its own comes before them, which are indented."""
+    for name, value in values.items():
+        head = f"{'  ' * depth}{name:<16}"
+        rows = value if isinstance(value, list) and value and isinstance(value[0], dict) else []
+        if isinstance(value, dict) and any(isinstance(part, dict | list) for part in value.values()):
+            yield head.rstrip()
+            yield from _lines(value, depth + 1)
+        elif rows:
+            yield head.rstrip()
+            yield from (f"{'  ' * (depth + 1)}{_short(row)}" for row in rows)
+        else:
+            yield f"{head} {_short(value)}"
 
 
 def _progress(aside: bool) -> Callable[[int, int, dict[str, Any]], None]:

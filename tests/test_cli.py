@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -251,13 +252,27 @@ def test_check_prints_the_whole_configuration_and_touches_nothing(tmp_path: Path
     assert not (tmp_path / "corpus").exists()
 
 
-@pytest.mark.parametrize("stage", ["prepare", "pretrain", "finetune", "evaluate"])
+@pytest.mark.parametrize("stage", ["prepare", "pretrain", "finetune", "evaluate", "launch"])
 def test_config_lists_every_key_with_its_meaning(stage: str) -> None:
     shown = CliRunner().invoke(cli.app, ["config", stage, "--json"])
     assert shown.exit_code == 0, shown.exception
     rows = json.loads(shown.stdout)
     assert rows
     assert not [row["key"] for row in rows if not row["meaning"]]
+
+
+def test_scores_are_laid_out_a_line_each() -> None:
+    arm = {"bleu": {"value": 0.76123, "low": np.float64(0.5)}, "runs": 3, "samples": [{"id": "a", "said": "we go"}]}
+    assert list(cli._lines({"rows": 9, "arms": {"full": arm}, "confusion": [[1, 2], [3, 4]]})) == [
+        "rows             9",
+        "arms",
+        "  full",
+        "    bleu             value 0.7612, low 0.5",
+        "    runs             3",
+        "    samples",
+        "      id a, said we go",
+        "confusion        [[1, 2], [3, 4]]",
+    ]
 
 
 def test_doctor_answers_a_machine() -> None:
