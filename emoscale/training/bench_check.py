@@ -12,6 +12,7 @@ from emoscale.config import ConfigError, EmoscaleError, load
 from emoscale.files import write_result
 from emoscale.records import read_json
 from emoscale.training.bench_data import bench_data
+from emoscale.training.bench_kernels import bench_kernels
 from emoscale.training.bench_prepare import PrepareBenchConfig, about, bench_prepare
 from emoscale.training.bench_step import COMPILED, bench_step
 
@@ -20,7 +21,12 @@ FALL = 0.15
 """Share of a committed ratio by which the measured one may lie below it."""
 WORKLOAD = ("utterances_are", "detector", "detector_sha256", "faces", "acoustic_encoder", "visual_encoder", "teacher", "threads_per_process")
 """Keys of a result of `prepare` that say what was done."""
-KINDS = ("step", "data", "prepare")
+KERNELS = {
+    ("span_mask", "paper", "numpy loop"): 100.0, ("max_mean_pool", "paper", "padded eager"): 15.0, ("max_mean_pool", "paper", "segment_reduce x 2"): 10.0,
+    ("info_nce", "cpu", "eager cross_entropy"): 1.0,
+}  # fmt: skip
+"""(operation, shape, peer) → how many times as fast as the peer ours is meant to be on two cores; the others are not compared."""
+KINDS = ("step", "data", "kernels", "prepare")
 
 
 @dataclass
@@ -134,6 +140,10 @@ def ratios_of(kind: str, result: dict[str, Any]) -> dict[str, float]:
         return {name: median for name, (_, median, _) in found.items() if name != COMPILED}
     if kind == "data":
         return {name: value for name, value in result.items() if name.startswith("ratio_to_")}
+    if kind == "kernels":
+        taken = {(row["op"], row["shape"], row["form"]): row["median_s"] for row in result["rows"]}
+        ours = {key[:2]: seconds for key, seconds in reversed(taken.items())}  # the form that stands first is the one that is taken
+        return {" ".join(key): taken[key] / ours[key[:2]] for key in KERNELS if key in taken}
     return {name: value for name, value in result.items() if name.endswith("/speed_up")}
 
 
@@ -141,6 +151,8 @@ def wanted_of(kind: str, result: dict[str, Any]) -> dict[str, float]:
     """Give where the ratios of a result were meant to be, as far as it says."""
     if kind == "step":
         return {name: value for name, value in result.get("wanted", {}).items() if value}
+    if kind == "kernels":
+        return {" ".join(key): value for key, value in KERNELS.items()}
     least = {key.removeprefix("wanted_"): value for key, value in result.items() if key.startswith("wanted_ratio_to_")}
     return {name: value for beginning, value in least.items() for name in result if name.startswith(beginning)}  # with any number of workers
 
@@ -164,6 +176,11 @@ def _again(kind: str, before: dict[str, Any], config: CheckConfig) -> dict[str, 
     if kind == "data":
         same = ("utterances", "batch", "threads", "repeats")
         return bench_data([*(f"{name}={before[name]}" for name in same), output])
+    if kind == "kernels":
+        ops, shapes = (",".join(dict.fromkeys(key[place] for key in KERNELS)) for place in (0, 1))
+        return bench_kernels(
+            [f"ops=[{ops}]", f"shapes=[{shapes}]", "device=cpu", f"threads={before['machine']['threads']}", f"rounds={before['rounds']}", output]
+        )
     return bench_prepare([*_prepare_words(config), output])
 
 

@@ -25,6 +25,13 @@ def data(streaming: float = 0.9) -> dict[str, Any]:
     return {"utterances": 320, "batch": 160, "threads": 1, "repeats": 5, "ratio_to_streaming_workers_0": streaming, "ours_utterances_per_s_workers_0": 100.0}
 
 
+def kernels(**times: float) -> dict[str, Any]:
+    """Ours stands first, and takes a second."""
+    row = {"op": "span_mask", "shape": "paper", "dtype": "float32"}
+    rows = [row | {"form": "native", "median_s": 1.0}, *(row | {"form": name.replace("_", " "), "median_s": seconds} for name, seconds in times.items())]
+    return {"rows": rows, "rounds": 7, "machine": {"threads": 2}}
+
+
 @pytest.fixture
 def committed(tmp_path: Path) -> Path:
     folder = tmp_path / "committed"
@@ -38,7 +45,7 @@ def committed(tmp_path: Path) -> Path:
 @pytest.fixture
 def again(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """Results that the benchmarks give one after the other, and what they were asked for."""
-    queue: dict[str, list[Any]] = {"step": [], "data": [], "asked": []}
+    queue: dict[str, list[Any]] = {"step": [], "data": [], "kernels": [], "asked": []}
 
     def give(kind: str) -> Any:
         def run(overrides: list[str]) -> Any:
@@ -47,7 +54,7 @@ def again(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
         return run
 
-    for kind in ("step", "data"):
+    for kind in ("step", "data", "kernels"):
         monkeypatch.setattr(check, f"bench_{kind}", give(kind))
     return queue
 
@@ -71,6 +78,7 @@ def test_what_is_wanted_and_was_reached_is_the_floor() -> None:
     more = data() | {"wanted_ratio_to_streaming": 0.7, "wanted_share_of_collate": 0.3}
     assert wanted_of("data", more) == {"ratio_to_streaming_workers_0": 0.7}
     assert wanted_of("prepare", {"2/speed_up": 1.9}) == {}
+    assert wanted_of("kernels", kernels())["span_mask paper numpy loop"] == 100
 
 
 def test_ratios_are_compared_and_nothing_else() -> None:
@@ -78,6 +86,7 @@ def test_ratios_are_compared_and_nothing_else() -> None:
     assert ratios_of("step", step(device="NVIDIA H200")) == {"padded": 0.1, "published": 0.1}
     assert ratios_of("data", data()) == {"ratio_to_streaming_workers_0": 0.9}
     assert ratios_of("prepare", {"2/speed_up": 1.9, "1/media_per_s": 8.0}) == {"2/speed_up": 1.9}
+    assert ratios_of("kernels", kernels(numpy_loop=120.0, reference=9.0)) == {"span_mask paper numpy loop": 120.0}
 
 
 def test_all_that_is_committed_is_run_as_it_was(committed: Path, again: dict[str, list[Any]]) -> None:
@@ -88,12 +97,21 @@ def test_all_that_is_committed_is_run_as_it_was(committed: Path, again: dict[str
         ("step, published", True),
         ("data, ratio_to_streaming_workers_0", True),
     ]
-    assert found["not_run"] == {"prepare": f"no {committed}/*-prepare.json"}
+    assert found["not_run"] == {kind: f"no {committed}/*-{kind}.json" for kind in ("kernels", "prepare")}
     assert "NOT RUN  prepare" in told(found)
     assert json.loads((committed.parent / "local" / "check.json").read_text()) == found
     (kind, asked), _ = again["asked"]
     assert kind == "step"
     assert {"size=tiny", "vocabulary=100", "threads=1", "repeats=5", "device=cpu"} <= set(asked)
+
+
+def test_kernels_are_timed_again_beside_the_peers_that_count(committed: Path, again: dict[str, list[Any]]) -> None:
+    (committed / "2026-01-02-kernels.json").write_text(json.dumps(kernels(numpy_loop=115.0)))
+    again["kernels"] = [kernels(numpy_loop=99.0), kernels(numpy_loop=101.0)]
+    found = bench_check(words(committed, "benches=[kernels]"))
+    assert [(row["name"], row["found"], row["holds"]) for row in found["verdicts"]] == [("kernels, span_mask paper numpy loop", 101.0, True)]
+    asked = again["asked"][0][1]
+    assert {"ops=[span_mask,max_mean_pool,info_nce]", "shapes=[paper,cpu]", "device=cpu", "threads=2", "rounds=7"} <= set(asked)
 
 
 def test_a_fall_is_an_error_that_names_it(committed: Path, again: dict[str, list[Any]]) -> None:
@@ -122,7 +140,7 @@ def test_a_ratio_that_is_no_longer_measured_has_fallen() -> None:
 def test_clips_are_needed_for_prepare(committed: Path, again: dict[str, list[Any]]) -> None:
     (committed / "2026-01-02-prepare.json").write_text(json.dumps({"2/speed_up": 1.9}))
     again["step"], again["data"] = [step()], [data()]
-    assert bench_check(words(committed))["not_run"] == {"prepare": "needs clips; name them (source=FOLDER)"}
+    assert bench_check(words(committed))["not_run"]["prepare"] == "needs clips; name them (source=FOLDER)"
 
 
 def test_another_workload_is_refused_before_anything_runs(committed: Path, again: dict[str, list[Any]], tmp_path: Path) -> None:
@@ -151,4 +169,6 @@ def test_what_is_committed_can_be_compared() -> None:
     newest = sorted(folder.glob("*-step.json"))[-1]
     before = json.loads(newest.read_text())
     assert {"padded", "published"} <= set(ratios_of("step", before))
+    before_kernels = json.loads(sorted(folder.glob("*-kernels.json"))[-1].read_text())
+    assert set(ratios_of("kernels", before_kernels)) == {" ".join(key) for key in check.KERNELS}
     assert before["same_loss"] is True
