@@ -233,7 +233,7 @@ def config(
     """List every configuration key with its type, default and meaning."""
     from emoscale.config import ConfigError, describe
 
-    rows = [row for row in describe(schema(stage)) if row[0].startswith(key)]
+    rows = [row for row in (*describe(schema(stage)), *_registered(stage)) if row[0].startswith(key)]
     if not rows:
         raise ConfigError(f"{key}: unknown key of {stage}; `emoscale config {stage}` lists every key")
     records = [dict(zip(("key", "type", "default", "meaning"), row, strict=True)) for row in rows]
@@ -255,6 +255,23 @@ def schema(stage: str) -> type:
     else:
         raise typer.BadParameter(f"{stage!r} is none of pretrain, finetune, prepare, evaluate, launch")
     return Schema
+
+
+def _registered(stage: str) -> list[tuple[str, str, str, str]]:
+    """List what each objective (pretrain) and each head (finetune) takes, as `config.describe` does."""
+    from emoscale.config import describe
+
+    if stage == "pretrain":
+        from emoscale.objectives import DIALOGUE_OBJECTIVES, OBJECTIVES, RESPONSE_OBJECTIVES
+        from emoscale.objectives.image_text import PAIR_OBJECTIVES
+
+        kinds = OBJECTIVES | DIALOGUE_OBJECTIVES | PAIR_OBJECTIVES | RESPONSE_OBJECTIVES
+        return [row for name, kind in kinds.items() for row in describe(kind.Config, f"objectives.{name}.")]
+    if stage == "finetune":
+        from emoscale.heads import HEADS
+
+        return [(f"{row[0]} ({name})", *row[1:]) for name, kind in HEADS.items() for row in describe(kind.Config, "head.")]
+    return []
 
 
 def _read(schema: type[T], words: list[str] | None) -> T:

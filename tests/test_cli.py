@@ -259,6 +259,9 @@ def test_config_lists_every_key_with_its_meaning(stage: str) -> None:
     rows = json.loads(shown.stdout)
     assert rows
     assert not [row["key"] for row in rows if not row["meaning"]]
+    keys = {row["key"] for row in rows}
+    assert stage != "pretrain" or {"objectives.masked_text.ratio", "objectives.response_emotion.form", "objectives.image_text.temperature"} <= keys
+    assert stage != "finetune" or "head.over (prompt)" in keys
 
 
 def test_scores_are_laid_out_a_line_each() -> None:
