@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(minutes=10)
 GONE = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out", "timeout", "No route to host", "unreachable")
 """What gloo says when it does not reach another rank any more."""
+EVERYWHERE = ("no kernel image", "driver")
+"""What CUDA says where PyTorch was built for other GPUs or another driver than these nodes have."""
 
 
 class LostRankError(EmoscaleError):
@@ -128,7 +130,8 @@ def init(timeout: timedelta = TIMEOUT) -> World:
     reads only these four, and DeepSpeed imports mpi4py where one is missing.
 
     Raises:
-        NodeError: some nodes see no GPU and others do, which would wait for each other; on every rank, with the same text.
+        NodeError: some nodes see no GPU and others do, which would wait for each other; on every rank, with the same text. Or
+            this rank's GPU fails; on this rank alone.
         EmoscaleError: so it is with the ranks of one node.
     """
     import torch
@@ -141,7 +144,13 @@ def init(timeout: timedelta = TIMEOUT) -> World:
     os.environ.update({name: str(value) for name, value in values.items()})
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())  # a launcher may show each rank its own GPU alone
+        number = world.local_rank % torch.cuda.device_count()  # a launcher may show each rank its own GPU alone
+        try:
+            torch.cuda.set_device(number)  # a device that is lost fails here, or in the check of nodes
+        except RuntimeError as error:
+            raise lost_gpu(torch.device("cuda", number), error) from error
+        # DeepSpeed makes a group of its own without saying how long it waits.
+        dist.distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
@@ -156,6 +165,19 @@ def init(timeout: timedelta = TIMEOUT) -> World:
         _same_device(PrefixStore(f"devices/{start}", store), world, cuda=cuda)
         dist.init_process_group("nccl" if cuda else "gloo", rank=world.rank, world_size=world.size, timeout=timeout, store=PrefixStore(f"ranks/{start}", store))
     return world
+
+
+def lost_gpu(device: torch.device, error: RuntimeError) -> EmoscaleError:
+    """Give what a rank raises whose GPU fails: ranks talk through their GPUs, so it can tell no other, and the launcher ends those.
+
+    A `NodeError`, unless it would be so on any node.
+    """
+    import torch
+
+    said = f"{device} fails: {' '.join(str(error).split())[:200]}"
+    if isinstance(error, torch.OutOfMemoryError) or any(word in said for word in EVERYWHERE):
+        return EmoscaleError(f"{node_name()}: {said}; other nodes would not help: look at what else runs there, and at `emoscale doctor`")
+    return NodeError(f"{node_name()} is not fit: {said}", [node_name()], alone=True)
 
 
 def _same_device(store: Store, world: World, *, cuda: bool) -> None:

@@ -16,7 +16,8 @@ all=("seeds=[$(IFS=,; echo "${seeds[*]}")]" "run_folds=[$(IFS=,; echo "${folds[*
 case "${STAGE:-submit}" in
 submit)
     run_step "${emoscale[@]}" finetune "$@" "${all[@]}" --check > /dev/null || exit
-    same=(--parsable --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" ${SLURM_JOB_PARTITION:+--partition="$SLURM_JOB_PARTITION"})
+    same=(--parsable --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" ${SLURM_JOB_PARTITION:+--partition="$SLURM_JOB_PARTITION"}
+        ${SLURM_GPUS_ON_NODE:+--gpus="$SLURM_GPUS_ON_NODE"})
     last=$((${#seeds[@]} * ${#folds[@]} - 1))
     array=$(STAGE=run sbatch "${same[@]}" --array="0-$last" --output=%x-%A_%a.log slurm/finetune.sh "$@") || exit
     report=$(STAGE=gather sbatch "${same[@]}" --dependency="afterok:$array" --kill-on-invalid-dep=yes slurm/finetune.sh "$@") || exit

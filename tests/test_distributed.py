@@ -146,6 +146,24 @@ def test_a_node_whose_ranks_share_too_few_gpus_is_not_to_blame() -> None:
     assert found == dict.fromkeys((0, 1), (1, message, None))
 
 
+def test_a_gpu_that_is_lost_is_its_nodes_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here it is, where the rank takes it up; `health` finds one that is lost later."""
+
+    def lost(_: int) -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lost)
+    with pytest.raises(distributed.NodeError, match=r"node7 is not fit: cuda:1 fails: CUDA error: uncorrectable ECC error encountered") as caught:
+        distributed.init()
+    assert caught.value.alone
+    assert caught.value.nodes == ["node7"]
+
+
 def test_a_long_list_of_nodes_leaves_room_for_the_remedy() -> None:
     error = distributed.NodeError(f"ranks on {distributed._few([f'n{number}' for number in range(300)])} see no GPU", ["n0", "n1"], alone=True)
     assert str(error) == "ranks on n0, n1, n2, n3 and 296 more see no GPU; leave them out (sbatch --exclude=n0,n1) or mend them"

@@ -113,6 +113,7 @@ def measure(op: str, shape: str, dtype: torch.dtype, device: str, roof: Roof, *,
     Raises:
         ValueError: an implementation is wrong; nothing is timed.
     """
+    torch.compiler.reset()  # only so many forms of a function are compiled, then it runs eagerly
     bench = module_of(op)
     inputs = bench.build(*shapes_of(op)[shape], dtype=dtype, device=device, seed=0)
     run = bench.competitors(inputs)
@@ -202,6 +203,7 @@ def _timed(step: Callable[[], Any], flush: Tensor | None) -> float:
         del kept  # freed outside the time
         return end - start
     flush.zero_()
+    torch.cuda.synchronize()  # else what the host does for the step is hidden behind the flush
     begin, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     step()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+R = TypeVar("R")
 INSTALLED = importlib.util.find_spec("triton") is not None
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,6 +28,19 @@ def refuse(device: torch.device) -> str | None:
     if device.type == "cuda":
         return "TRITON_INTERPRET=1 runs kernels on the CPU" if interpreted() else None
     return None if device.type == "cpu" and interpreted() else "needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
+
+
+def on_its_device(launch: Callable[..., R]) -> Callable[..., R]:
+    """Let a launcher run with the device of its first tensor current: Triton launches on the current device's stream."""
+
+    @functools.wraps(launch)
+    def run(first: torch.Tensor, *rest: Any, **more: Any) -> R:
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return launch(first, *rest, **more)
+        with torch.cuda.device(first.device):
+            return launch(first, *rest, **more)
+
+    return run
 
 
 def unasked(device: torch.device) -> str | None:

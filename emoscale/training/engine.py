@@ -1,13 +1,11 @@
-"""DeepSpeed, and the only file that imports it: a step that is the same for every ZeRO stage and world.
+"""DeepSpeed, which only this file and `backend` import: a step that is the same for every ZeRO stage and world.
 
 Every default of DeepSpeed that has moved between releases is set here explicitly.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 from emoscale import distributed
 from emoscale.config import ConfigError, EmoscaleError
-from emoscale.imports import import_with
+from emoscale.training.backend import import_deepspeed, local_rank_of_the_device
 from emoscale.training.norms import NO_CLIPPING, NormLimit
 
 GUARDED_STEPS = 2
@@ -103,14 +101,15 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, optim: OptimConfig, zero: ZeroConfig, precision: Literal["fp32", "bf16"]) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         if (zero.offload_optimizer or zero.offload_parameters) and not torch.cuda.is_available():
             raise EmoscaleError("zero.offload_*: offloading moves state from a GPU to the host, and there is no GPU; leave it off")
         self.stage = zero.stage
         self.config = _deepspeed_config(optim, zero, precision)
         self.plain = zero.stage == 0 and precision == "fp32"
         self.moments = MOMENTS[optim.name]
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=_optimizer(model, optim), config=self.config, dist_init_required=False)
+        with local_rank_of_the_device():
+            self.engine, *_ = deepspeed.initialize(model=model, optimizer=_optimizer(model, optim), config=self.config, dist_init_required=False)
         self.module: nn.Module = self.engine.module
         self._guarded = GUARDED_STEPS
         self._make_moments()
@@ -256,7 +255,7 @@ class Engine:
         if partitions is None:
             partitions = [value for group in self._base().param_groups for value in group["params"]]
         for value in partitions if self.moments else ():
-            self._base().state[value] = {"step": torch.zeros(())} | {key: torch.zeros_like(value) for key in self.moments}
+            self._base().state[value] = {"step": torch.zeros((), device=value.device)} | {key: torch.zeros_like(value) for key in self.moments}
         link = getattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None and self.moments:
             link()
@@ -327,6 +326,7 @@ def _deepspeed_config(optim: OptimConfig, zero: ZeroConfig, precision: str) -> d
         "prescale_gradients": False,
         "steps_per_print": sys.maxsize,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU in every forward pass
     }
 
 
@@ -376,24 +376,3 @@ def _groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
             groups.setdefault((factor, optim.weight_decay if value.ndim > 1 else 0.0), []).append(value)
     ordered = sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1]))
     return [{"params": values, "weight_decay": decay, "factor": factor} for (factor, decay), values in ordered]
-
-
-def preload() -> None:
-    """Import ahead of a fork what every rank would import for itself: DeepSpeed, and torch's compiler, which its optimizers take with them."""
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
-
-
-def _import_deepspeed() -> Any:
-    """Import DeepSpeed with its banner lines off; what matters reaches the log through errors."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Every `initialize` imports Muon, which nothing here uses, and to decorate it with `torch.compile` imports Inductor: seconds.
-    import_with("deepspeed.runtime.zero.muon.original_muon", "deepspeed.runtime.compiler", compile=lambda: lambda function: function)
-    # Its shared-memory collectives for CPUs are compiled at first use (half a minute); gloo serves as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)
-    return deepspeed

@@ -40,9 +40,16 @@ def tower_flops(config: dict[str, Any], lengths: list[int]) -> float:
     Args:
         config: what a run knows of its configuration, see `models.pretrained.described`.
         lengths: tokens, or frames of voice, of each sequence.
+
+    Returns:
+        The count; not a number for models of another build than a stack of like layers (ConvNeXt, Swin).
     """
     full: Any = read_config(config)
-    width, ffn = full.hidden_size, getattr(full, "intermediate_size", None) or full.d_ff
+    width = getattr(full, "hidden_size", None)
+    ffn = next((found for name in ("intermediate_size", "d_ff", "hidden_dim") if (found := getattr(full, name, None))), None)
+    ffn = ffn or (width and getattr(full, "mlp_ratio", 0) * width)
+    if hasattr(full, "depths") or not (width and ffn and getattr(full, "num_hidden_layers", None)):
+        return math.nan
     tokens, squares = sum(lengths), sum(n * n for n in lengths)
     total = full.num_hidden_layers * (2 * tokens * (4 * width * width + 2 * width * ffn) + 4 * width * squares)
     channels, rate = 1, math.prod(getattr(full, "conv_stride", ()))

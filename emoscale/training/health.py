@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -31,8 +31,6 @@ LEAST_FREE = 32 << 20
 MAX_SKEW = 10.0
 """Seconds between a rank's clock and the median of all; object storage refuses requests from a few minutes on."""
 PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming")
-EVERYWHERE = ("no kernel image", "driver")
-"""What CUDA says where PyTorch was built for other GPUs or another driver than these nodes have."""
 SIDE = 128
 """Rows of the matrix product; its values are small integers, so the result is exact in every number format."""
 WIDTH = 256
@@ -131,16 +129,15 @@ def _local_complaints(workers: int) -> list[str]:
     """Look at this node's device and shared memory; `workers` of all its ranks.
 
     Raises:
-        NodeError, EmoscaleError: see `_speak_alone`.
+        NodeError, EmoscaleError: see `distributed.lost_gpu`.
     """
     complaints, device = [], distributed.device()
     try:
         right = _computes(device)
     except RuntimeError as error:  # what CUDA raises where a device is lost
-        said = f"{device} fails: {' '.join(str(error).split())[:200]}"
         if device.type == "cuda":
-            _speak_alone(said, error)
-        complaints.append(said)
+            raise distributed.lost_gpu(device, error) from error
+        complaints.append(f"{device} fails: {' '.join(str(error).split())[:200]}")
     else:
         if not right:
             complaints.append(f"{device} computes a wrong matrix product")
@@ -152,18 +149,6 @@ def _local_complaints(workers: int) -> list[str]:
                 "`emoscale doctor --clean` if no run is live there, in Docker --shm-size=8g"
             )
     return complaints
-
-
-def _speak_alone(said: str, error: RuntimeError) -> NoReturn:
-    """Raise on this rank alone: ranks talk through their GPUs, so one whose GPU fails can tell no other, and the launcher ends those.
-
-    Raises:
-        NodeError: the GPU is lost.
-        EmoscaleError: it would be so on any node.
-    """
-    if isinstance(error, torch.OutOfMemoryError) or any(word in said for word in EVERYWHERE):
-        raise EmoscaleError(f"{node_name()}: {said}; other nodes would not help: look at what else runs there, and at `emoscale doctor`") from error
-    raise NodeError(f"{node_name()} is not fit: {said}", [node_name()], alone=True) from error
 
 
 def _computes(device: torch.device) -> bool:

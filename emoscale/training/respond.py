@@ -181,7 +181,7 @@ def response_flops(built: Built, data: StepData) -> float:
     """Count the floating-point operations of a step's forward passes: two for each weight and place, and attention."""
     model: Any = built.model.backbone.model
     width, total = model.config.d_model, 0.0
-    sides = [sum(value.numel() for value in side.layers.parameters()) for side in (model.get_encoder(), model.get_decoder())]
+    sides = [sum(getattr(value, "ds_numel", value.numel()) for value in side.layers.parameters()) for side in (model.get_encoder(), model.get_decoder())]
     for batch in data.batches:
         read: Any = batch
         total += (

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from emoscale import distributed
 from emoscale.data.loader import StepData
 from emoscale.training import links
-from emoscale.training.engine import Engine, OptimConfig, ZeroConfig, preload
+from emoscale.training.backend import preload
+from emoscale.training.engine import Engine, OptimConfig, ZeroConfig
 from emoscale.training.loop import Hooks, train
 from emoscale.training.step_model import MIX, BenchConfig, synthetic_batch, task_model
 

@@ -8,6 +8,7 @@ import torch
 
 from emoscale.kernels.dispatch import Op
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else every product on a GPU warns below that it is not deterministic
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 

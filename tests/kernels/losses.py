@@ -89,4 +89,4 @@ def check_on_a_gpu(loss: Loss, scores: Tensor, target: Tensor, rows: Tensor) -> 
     torch.testing.assert_close(total.double().cpu(), value, rtol=1e-4, atol=1e-5)
     eps = torch.finfo(scores.dtype).eps
     assert x.grad is not None
-    torch.testing.assert_close(x.grad.double().cpu(), slope, rtol=2 * eps + 1e-5, atol=eps * 1e-2)
+    torch.testing.assert_close(x.grad.double().cpu(), slope, rtol=2 * eps + 1e-5, atol=eps * 1e-2 + 1e-6)  # a difference of probabilities

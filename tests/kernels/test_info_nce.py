@@ -310,8 +310,8 @@ def test_on_a_gpu(b: int, scale: float) -> None:
     expected = run_on(x.double(), y.double(), scale, valid, "reference")
     rival = run_on(x, y, scale, valid, "reference")
     found = run_on(x, y, scale, valid, "triton")
-    for got, other, want in zip(found, rival, expected, strict=True):
-        assert apart(got, want) <= max(1e-2, 2 * apart(other, want))
+    for got, other, want in zip(found, rival, expected, strict=True):  # at a scale of 100 loss and gradients are 0 but for rounding
+        assert apart(got, want, floor=1e-3) <= max(1e-2, 2 * apart(other, want, floor=1e-3))
 
 
 def run_on(x, y, scale, valid, impl):

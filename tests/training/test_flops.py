@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +17,7 @@ from emoscale.data.tokens import Features, TextEncoder
 from emoscale.models.task import Sizes, TaskModel
 from emoscale.models.unified import UnifiedTransformer
 from emoscale.objectives import OBJECTIVES
-from emoscale.training.flops import forward_flops, model_flops_utilisation, peak_flops
+from emoscale.training.flops import forward_flops, model_flops_utilisation, peak_flops, tower_flops
 
 NAMES = ["masked_text", "masked_acoustic", "masked_visual"]
 
@@ -42,3 +44,16 @@ def test_utilisation_is_a_share_of_a_known_peak() -> None:
     assert peak_flops("NVIDIA H200") == 989e12
     assert model_flops_utilisation(989e12 / 3, 2.0, "NVIDIA H200") == pytest.approx(0.5)
     assert model_flops_utilisation(1.0, 1.0, "an unknown card") is None
+
+
+def test_towers_are_counted_where_they_are_stacks_of_like_layers() -> None:
+    """Two operations for each weight of a linear layer and token, and attention; a pyramid is not counted, and a run goes on without."""
+    small = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    lengths = [3, 5]
+    wanted = 2 * (2 * 8 * (4 * 64 + 2 * 8 * 32) + 4 * 8 * (9 + 25))
+    assert tower_flops({"model_type": "bert", **small, "intermediate_size": 32}, lengths) == wanted
+    assert tower_flops({"model_type": "dinov2", **small, "mlp_ratio": 4}, lengths) == wanted
+    assert tower_flops({"model_type": "distilbert", "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}, lengths) == wanted
+    for pyramid in ("convnext", "swin", "resnet"):
+        assert math.isnan(tower_flops({"model_type": pyramid}, lengths)), pyramid
+    assert math.isnan(model_flops_utilisation(math.nan, 1.0, "NVIDIA H100") or 0.0)

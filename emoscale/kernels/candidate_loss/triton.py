@@ -103,6 +103,7 @@ def candidate_loss_bwd_kernel(
         tl.store(d_table + row * D + column, (total * factor).to(d_table.dtype.element_ty), mask=inside)
 
 
+@launch.on_its_device
 def _forward(context: Tensor, table: Tensor, candidates: Tensor, form: str) -> tuple[Tensor, Tensor]:
     (b, d), k = context.shape, candidates.shape[1]
     losses = torch.empty(b, dtype=torch.float32, device=context.device)
@@ -123,6 +124,7 @@ def _uses(candidates: Tensor, u: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(rows, torch.arange(u + 1, device=rows.device))
 
 
+@launch.on_its_device
 def _backward(upstream: Tensor, context: Tensor, table: Tensor, candidates: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     (b, d), u = context.shape, table.shape[0]
     d_context, d_table = torch.empty_like(context), torch.empty_like(table)

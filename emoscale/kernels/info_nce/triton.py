@@ -215,6 +215,7 @@ def _merge(tops: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
     return top, total
 
 
+@launch.on_its_device
 def statistics(x: Tensor, y: Tensor, scale: Tensor, row_valid: Tensor | None, col_valid: Tensor | None, offset: int) -> Sums:
     """See `blockwise.statistics`."""
     (p, b, d), g = x.shape, y.shape[1]
@@ -240,6 +241,7 @@ def band_rows(p: int, b: int, g: int, itemsize: int) -> int:
     return min(b, max(256, BAND_BYTES // (p * g * itemsize) // 128 * 128))
 
 
+@launch.on_its_device
 def gradients(
     x: Tensor,
     y: Tensor,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emoscale.kernels.aot import Variant
-from emoscale.kernels.launch import looked_at
+from emoscale.kernels.launch import looked_at, on_its_device
 
 LIBRARY = torch.library.Library("emoscale", "FRAGMENT")
 TILE = 1024
@@ -78,6 +78,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@on_its_device
 def _forward(logits: Tensor, target: Tensor, rows: Tensor) -> Tensor:
     m, c = logits.shape
     if m == 0:
@@ -89,6 +90,7 @@ def _forward(logits: Tensor, target: Tensor, rows: Tensor) -> Tensor:
     return partial.sum()
 
 
+@on_its_device
 def _backward(upstream: Tensor, logits: Tensor, target: Tensor, rows: Tensor) -> Tensor:
     m, c = logits.shape
     grad = torch.empty((m, c), dtype=logits.dtype, device=logits.device)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emoscale.kernels.aot import Variant
-from emoscale.kernels.launch import looked_at
+from emoscale.kernels.launch import looked_at, on_its_device
 
 LIBRARY = torch.library.Library("emoscale", "FRAGMENT")
 TILE = 2048
@@ -74,6 +74,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@on_its_device
 def _forward(pred: Tensor, target: Tensor, rows: Tensor) -> Tensor:
     m, d = pred.shape
     if m == 0:
@@ -85,6 +86,7 @@ def _forward(pred: Tensor, target: Tensor, rows: Tensor) -> Tensor:
     return partial.sum()
 
 
+@on_its_device
 def _backward(upstream: Tensor, pred: Tensor, target: Tensor, rows: Tensor) -> Tensor:
     m, d = pred.shape
     grad = torch.empty((m, d), dtype=pred.dtype, device=pred.device)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emoscale.kernels.aot import Variant
+from emoscale.kernels.launch import on_its_device
 from emoscale.kernels.max_mean_pool.autograd import differentiable
 from emoscale.kernels.max_mean_pool.fake import max_mean_pool as fake
 from emoscale.kernels.max_mean_pool.fake import max_mean_pool_backward as fake_backward
@@ -218,9 +219,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@on_its_device
 def forward(x: Tensor, cu_seqlens: Tensor, *, cap: int | None = None) -> tuple[Tensor, Tensor]:
     """Launch the forward: (pooled [b, d], what the backward needs of each maximum, int32 [b, d])."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x, cu_seqlens = x if x.stride(-1) == 1 else x.contiguous(), cu_seqlens.contiguous()
     chosen, sequences, chunks, blocks = _plan(x, cu_seqlens, cap)
     width = x.shape[1]
     out, peak = fake(x, cu_seqlens)
@@ -240,9 +242,10 @@ def forward(x: Tensor, cu_seqlens: Tensor, *, cap: int | None = None) -> tuple[T
     return out, peak
 
 
+@on_its_device
 def backward(grad: Tensor, peak: Tensor, x: Tensor, cu_seqlens: Tensor, *, cap: int | None = None) -> Tensor:
     """Launch the backward: the gradient [t, d]."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x, cu_seqlens = x if x.stride(-1) == 1 else x.contiguous(), cu_seqlens.contiguous()
     chosen, sequences, chunks, blocks = _plan(x, cu_seqlens, cap)
     dx = fake_backward(grad, peak, x, cu_seqlens)
     if dx.numel() == 0:

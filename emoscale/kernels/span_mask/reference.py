@@ -13,9 +13,9 @@ SLOT_BITS = 24
 
 def span_mask(lengths: Tensor, keys: Tensor, seed: int, span: int, ratio: float, rule: Rule, device: torch.device) -> Tensor:
     """Mark disjoint spans in each sequence, as many and as long as `span_counts` says."""
-    lengths, keys = lengths.to(device), keys.to(device)
-    counts, spans = span_counts(lengths, span=span, ratio=ratio, rule=rule, keys=keys, seed=seed)
-    return select(lengths, counts, spans, keys, seed)
+    # On the host: a GPU divides by a number as it multiplies by its inverse, and counts would differ.
+    counts, spans = span_counts(lengths.cpu(), span=span, ratio=ratio, rule=rule, keys=keys.cpu(), seed=seed)
+    return select(lengths.to(device), counts.to(device), spans.to(device), keys.to(device), seed)
 
 
 def select(lengths: Tensor, counts: Tensor, spans: Tensor, keys: Tensor, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emoscale.kernels.aot import Variant
-from emoscale.kernels.launch import looked_at
+from emoscale.kernels.launch import looked_at, on_its_device
 from emoscale.kernels.span_mask.plan import Rule, planned, sent
 
 LIBRARY = torch.library.Library("emoscale", "FRAGMENT")
@@ -54,6 +54,7 @@ def span_mask_kernel(plan, flags, b, seed: tl.int64, BLOCK: tl.constexpr):
         frame += 1
 
 
+@on_its_device
 def _launch(plan: Tensor, seed: int, total: int, width: int) -> Tensor:
     flags = torch.empty(total, dtype=torch.bool, device=plan.device)
     block = max(64, triton.next_power_of_2(width))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from functools import cache
 from typing import cast
 
@@ -46,11 +46,13 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int)
 
 
 @cache
-def _installed(module: str) -> bool:
+def _imports(module: str) -> bool:
+    """Whether a module is there and can be imported: one that was built for another PyTorch, or whose own needs are absent, cannot."""
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
+        importlib.import_module(module)
+    except (ImportError, OSError):
         return False
+    return True
 
 
 def _needs(module: str, q: Tensor) -> str | None:
@@ -58,7 +60,7 @@ def _needs(module: str, q: Tensor) -> str | None:
         return "needs a CUDA device"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"takes fp16 and bf16, not {q.dtype}"
-    return None if _installed(module) else f"{module} is not installed"
+    return None if _imports(module) else f"{module} is not installed, or cannot be imported"
 
 
 def _needs_hopper(q: Tensor) -> str | None:
