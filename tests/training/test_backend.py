@@ -7,10 +7,12 @@ import torch
 from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from deepspeed.runtime.zero import stage_1_and_2
 
+from emoscale import distributed
 from emoscale.training.backend import import_deepspeed, local_rank_of_the_device
 
 
 def test_a_norm_is_marked_as_deepspeed_marks_it() -> None:
+    distributed.init()
     import_deepspeed()
     ours = stage_1_and_2.mask_nan_or_inf_with_val_inplace
     assert ours is not mask_nan_or_inf_with_val_inplace
